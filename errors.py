@@ -1,0 +1,38 @@
+"""Refusing bad input: one line on stderr that says what is wrong, where, and what would be right; exit code 2.
+
+Everything a user hands us (a flag, a file, a row, a tensor) is checked where it enters, and what does not hold raises InputError
+with that one line as its text. The commands wrap their main() in `exit_on_bad_input`, so a user never sees a traceback for a typo,
+while a library user and a test catch InputError like any other exception.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """What the user handed us cannot be used. The text is one line: what, where (file, line, tensor, flag), what would be right."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, though its input was fine (the loss stays NaN, say). The text is one line."""
+
+
+def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
+    """Turns InputError into one line and exit code 2, TrainingError into one line and exit code 1; real bugs keep their traceback."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except InputError as error:
+            sys.exit(_one_line(error, 2))
+        except TrainingError as error:
+            sys.exit(_one_line(error, 1))
+
+    return wrapped
+
+
+def _one_line(error: Exception, code: int) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code
