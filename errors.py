@@ -5,6 +5,7 @@ with that one line as its text. The commands wrap their main() in `exit_on_bad_i
 while a library user and a test catch InputError like any other exception.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -36,3 +37,13 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
 def _one_line(error: Exception, code: int) -> int:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that refuses in our one line instead of printing its usage first, and takes no abbreviated flags."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
