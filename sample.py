@@ -71,7 +71,7 @@ def sample_traces(
     hidden = hidden.repeat_interleave(k, dim=0)  # [R, H]
 
     ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logp = torch.zeros(rows, max_new_tokens, device=device)
+    logp = torch.zeros(rows, max_new_tokens, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         ids[:, step], logp[:, step] = draw(logits(hidden, model.lm_head.weight), temperature, uniforms[:, step])
@@ -142,7 +142,7 @@ class Slots:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes one token per row, k and v [R, Hkv, 1, D], at the row's own place -> all places in use, [R, Hkv, used + 1, D]."""
         place = self.length.view(-1, 1, 1, 1).expand(k.shape)
-        keys, values = self.kv[layer]
+        keys, values = self.kv[layer, 0], self.kv[layer, 1]
         keys.scatter_(2, place, k)  # scatter_, not indexing: 40 times faster on a CPU
         values.scatter_(2, place, v)
         return keys[:, :, : self.used + 1], values[:, :, : self.used + 1]
