@@ -351,6 +351,12 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The precision a directory's weights are stored in (what config.json claims is not always true)."""
+    with safe_open(weight_files(Path(path))[0], framework="pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+
+
 def save_model(model: Transformer, path: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes config.json and safetensors (sharded with an index above `max_shard_bytes`) that any Hugging Face reader opens as they are.
 

@@ -30,7 +30,8 @@ class Scores:
 
     trace_logp: Tensor  # [K, Z] log pi(z_kt | x, z_k<t), the sampled marker included; 0 beyond the trace
     trace_mask: Tensor  # [K, Z] bool, True on the tokens of the trace
-    marker_logp: Tensor  # [K]   log pi(m | x, z_k), sampled or forced
+    finished: Tensor  # [K] bool, the trace ends with a sampled marker; False: the marker was forced
+    marker_logp: Tensor  # [K] log pi(m | x, z_k), sampled or forced
     answer_logp: Tensor  # [K, T] log c_ki
     null_logp: Tensor | None  # [T] log-probs of the answer after the empty trace
     entropy: Tensor | None  # [K, Z] of the sampling distribution at each trace token, detached; 0 beyond the trace
@@ -95,12 +96,14 @@ def score(
     policy_logp, policy_entropy, answer_logp = (torch.cat(part)[back] if part[0] is not None else None for part in zip(*parts, strict=True))
 
     count = len(ids)
-    length = torch.tensor([len(body) for body in bodies[:count]], device=policy_logp.device)[:, None]  # [K, 1], which is also m's place
-    ends = length + torch.tensor(finished, device=length.device)[:, None]
-    mask = torch.arange(width, device=length.device) < ends  # [K, Z]: a forced marker is no token of the trace
+    device = policy_logp.device
+    length = torch.tensor([len(body) for body in bodies[:count]], dtype=torch.long, device=device)[:, None]  # [K, 1]: m's place, too
+    done = torch.tensor(finished, dtype=torch.bool, device=device)
+    mask = torch.arange(width, device=device) < length + done[:, None]  # [K, Z]: a forced marker is no token of the trace
     return Scores(
         trace_logp=policy_logp[:count].masked_fill(~mask, 0.0),
         trace_mask=mask,
+        finished=done,
         marker_logp=policy_logp[:count].gather(1, length)[:, 0],
         answer_logp=answer_logp[:count],
         null_logp=answer_logp[count] if null else None,

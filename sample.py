@@ -108,7 +108,9 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         token = logp.argmax(dim=-1)
     else:
         cdf = logp.double().exp().cumsum(dim=-1)
-        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+            max=logits.shape[-1] - 1
+        )  # NaN logits stay in range
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
