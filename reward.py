@@ -5,8 +5,8 @@
                                         ...
                                         null:      m y*_1 ... y*_{T-1}                          the empty trace, gives null_logp
 
-A branch is fed n_k + T tokens and scored on n_k + 1 + T: the prompt's last hidden state predicts its first. Branches are padded on the
-right, where causal attention never looks; padding is never multiplied by the head, and everything beyond the hidden state is fp32.
+A branch is fed n_k + T tokens, and the prompt's last hidden state predicts its first. Branches are padded on the right, where causal
+attention never looks; padding is never multiplied by the head, and everything beyond the hidden state is fp32.
 
 The forward that scores is the forward that trains: under grad the same Scores carry the graph. Where K branches do not fit in memory,
 `read_prompt` and `leaves` let each micro-batch of branches run its own backward, and the prompt one at the end (train.py).
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.logprob import linear_logprob
@@ -28,8 +27,8 @@ from model import Prefix, Transformer
 class Scores:
     """Log-probs in nats of one question's K traces of at most Z tokens and its gold answer of T tokens, fp32 (fp64 for an fp64 model)."""
 
-    trace_logp: Tensor  # [K, Z] log pi(z_kt | x, z_k<t), the sampled marker included; 0 beyond the trace
-    trace_mask: Tensor  # [K, Z] bool, True on the tokens of the trace
+    trace_logp: Tensor  # [K, Z] log pi(z_kt | x, z_k<t) of every sampled token, the one that ended the trace included; 0 beyond
+    trace_mask: Tensor  # [K, Z] bool, True on those tokens
     finished: Tensor  # [K] bool, the trace ends with a sampled marker; False: the marker was forced
     marker_logp: Tensor  # [K] log pi(m | x, z_k), sampled or forced
     answer_logp: Tensor  # [K, T] log c_ki
@@ -78,83 +77,85 @@ def score(
 ) -> Scores:
     """Scores of K traces of one question, under grad or no_grad.
 
-    prompt: token ids, or a prompt already read. traces: K Traces or plain id lists; one that does not end with the marker gets it
-    forced. temperature: of the sampling distribution; it applies to trace and marker, the answer is always scored at 1. micro_traces:
-    branches per forward (0 = all), for scoring without grad in bounded memory; the values do not depend on it.
+    prompt: token ids, or a prompt already read. traces: K Traces (sample.py) or plain id lists; one that does not end with the marker
+    gets it forced. A cut token (Trace.cut_id) is no context for the answer, but sampling it was an action, and its log-prob counts with
+    the trace's: without it the gradient of J would be biased. temperature: of the sampling distribution; it applies to trace and marker,
+    the answer is always scored at 1. micro_traces: branches per forward (0 = all), for scoring without grad in bounded memory; the
+    values do not depend on it.
     """
     prompt = prompt if isinstance(prompt, ReadPrompt) else read_prompt(model, prompt)
-    ids = [list(getattr(trace, "ids", trace)) for trace in traces]
-    finished = [trace[-1:] == [marker] for trace in ids]
-    bodies = [trace[:-1] if done else trace for trace, done in zip(ids, finished, strict=True)] + [[]] * null
-    width = 1 + max(len(body) for body in bodies)  # Z: room for the longest trace and its marker
+    branches = [make_branch(trace, marker) for trace in traces] + [Branch([], [], finished=False)] * null
+    width = max(1, *(len(branch.actions) for branch in branches))  # Z
 
     order, parts = [], []
-    for batch in micro_batches([len(body) for body in bodies], micro_traces):
+    for batch in micro_batches([len(branch.body) for branch in branches], micro_traces):
         order += batch
-        parts.append(score_branches(model, prompt, [bodies[i] for i in batch], list(answer), marker, temperature, entropy, width))
+        parts.append(score_branches(model, prompt, [branches[i] for i in batch], list(answer), marker, temperature, entropy, width))
     back = torch.tensor(order).argsort()
-    policy_logp, policy_entropy, answer_logp = (torch.cat(part)[back] if part[0] is not None else None for part in zip(*parts, strict=True))
+    trace_logp, marker_logp, answer_logp, entropies = (torch.cat(part)[back] for part in zip(*parts, strict=True))
 
-    count = len(ids)
-    device = policy_logp.device
-    length = torch.tensor([len(body) for body in bodies[:count]], dtype=torch.long, device=device)[:, None]  # [K, 1]: m's place, too
-    done = torch.tensor(finished, dtype=torch.bool, device=device)
-    mask = torch.arange(width, device=device) < length + done[:, None]  # [K, Z]: a forced marker is no token of the trace
+    count, device = len(traces), answer_logp.device
+    actions = torch.tensor([len(branch.actions) for branch in branches[:count]], dtype=torch.long, device=device)
     return Scores(
-        trace_logp=policy_logp[:count].masked_fill(~mask, 0.0),
-        trace_mask=mask,
-        finished=done,
-        marker_logp=policy_logp[:count].gather(1, length)[:, 0],
+        trace_logp=trace_logp[:count],
+        trace_mask=torch.arange(width, device=device) < actions[:, None],
+        finished=torch.tensor([branch.finished for branch in branches[:count]], dtype=torch.bool, device=device),
+        marker_logp=marker_logp[:count],
         answer_logp=answer_logp[:count],
         null_logp=answer_logp[count] if null else None,
-        entropy=policy_entropy[:count].masked_fill(~mask, 0.0) if entropy else None,
+        entropy=entropies[:count] if entropy else None,
     )
+
+
+@dataclass
+class Branch:
+    """A trace as scoring sees it."""
+
+    body: list[int]  # what stands between prompt and marker, n_k tokens
+    actions: list[int]  # what was sampled: the body, and the token that ended it (the marker, a cut token, or none at the length limit)
+    finished: bool
+
+
+def make_branch(trace: object, marker: int) -> Branch:
+    ids, cut_id = list(getattr(trace, "ids", trace)), getattr(trace, "cut_id", None)
+    if ids[-1:] == [marker]:
+        return Branch(ids[:-1], ids, finished=True)
+    return Branch(ids, ids if cut_id is None else [*ids, cut_id], finished=False)
 
 
 def score_branches(
     model: Transformer,
     prompt: ReadPrompt,
-    bodies: list[list[int]],
+    branches: list[Branch],
     answer: list[int],
     marker: int,
     temperature: float,
     entropy: bool,
     width: int,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """One forward over B branches -> log-probs of body and marker [B, Z], their entropies [B, Z] or None, answer log-probs [B, T]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One forward over B branches -> log-probs of actions [B, Z], marker [B] and answer [B, T], and the actions' entropies [B, Z]."""
     device = prompt.hidden.device
-    targets = [[*body, marker, *answer] for body in bodies]  # n_k + 1 + T each
-    length = max(len(target) for target in targets)
-    padded = torch.tensor([target + [0] * (length - len(target)) for target in targets])  # [B, L]
-    hidden = model(padded[:, :-1].to(device), prompt.past)  # [B, L-1, H]
-    first = prompt.hidden.expand(len(bodies), 1, -1)  # the prompt's last state predicts every branch's first token
-    hidden = torch.cat([first, hidden], dim=1).flatten(0, 1)  # [B*L, H]: row b*L + j predicts padded[b, j]
+    fed = [[*branch.body, marker, *answer[:-1]] for branch in branches]  # n_k + T tokens each
+    length = max(len(tokens) for tokens in fed)
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in fed], device=device)  # [B, L]
+    first = prompt.hidden.expand(len(branches), 1, -1)  # the prompt's last state predicts every branch's first token
+    hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]: place j predicts what comes after j branch tokens
 
-    place = torch.arange(length)
-    marker_at = torch.tensor([len(body) for body in bodies])[:, None]
-    is_policy = place <= marker_at  # [B, L] body and marker: what the policy does
-    is_answer = (place > marker_at) & (place <= marker_at + len(answer))  # [B, L]; the rest is padding, which the head never sees
+    places = [(b, j, token) for b, branch in enumerate(branches) for j, token in enumerate(branch.actions)]
+    places += [(b, len(branch.body), marker) for b, branch in enumerate(branches)]
+    where = torch.tensor(places).T.to(device)  # [3, N + B]: rows, places and target tokens; padding is in none of them
+    policy = linear_logprob(hidden[where[0], where[1]], model.lm_head.weight, where[2], temperature, entropy)
+    logp, entropies = policy if entropy else (policy, policy)  # unasked for, entropies are a stand-in that nobody reads
+    count = len(places) - len(branches)
 
-    def rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, H] and target [N] of the N marked places; they are found on the CPU, so that nothing waits for the device."""
-        at = mask.flatten().nonzero()[:, 0]
-        return hidden[at.to(device)], padded.flatten()[at].to(device)
+    def spread(flat: Tensor) -> Tensor:
+        """[N] values of the actions -> [B, Z], 0 beyond a trace."""
+        return flat.new_zeros(len(branches), width).index_put((where[0, :count], where[1, :count]), flat[:count])
 
-    policy_rows, policy_targets = rows(is_policy)
-    policy_logp = linear_logprob(policy_rows, model.lm_head.weight, policy_targets, temperature, entropy)  # [N], or a pair of them
-    answer_rows, answer_targets = rows(is_answer)
-    answer_logp = linear_logprob(answer_rows, model.lm_head.weight, answer_targets)  # [B*T]
-
-    def padded_to_width(flat: Tensor) -> Tensor:
-        wide = F.pad(is_policy, (0, max(0, width - length)))[:, :width].to(device)
-        return flat.new_zeros(wide.shape).masked_scatter(wide, flat)  # [B, Z]
-
-    policy_logp, policy_entropy = policy_logp if entropy else (policy_logp, None)
-    return (
-        padded_to_width(policy_logp),
-        padded_to_width(policy_entropy.detach()) if entropy else None,
-        answer_logp.view(len(bodies), len(answer)),
-    )
+    gold = [(b, len(branch.body) + 1 + i, token) for b, branch in enumerate(branches) for i, token in enumerate(answer)]
+    where_gold = torch.tensor(gold).T.to(device)  # [3, B*T]
+    answer_logp = linear_logprob(hidden[where_gold[0], where_gold[1]], model.lm_head.weight, where_gold[2])
+    return spread(logp), logp[count:], answer_logp.view(len(branches), len(answer)), spread(entropies.detach())
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -30,7 +30,9 @@ class Trace:
 
     ids: list[int]  # as sampled; the stop token that finished it comes last
     logp: list[float]  # log-prob in nats of each id under the distribution it was drawn from
-    finished: bool  # ended by a stop token; False: cut, by the length limit or by a cut token (which is dropped)
+    finished: bool  # ended by a stop token; False: cut, by the length limit or by a cut token
+    cut_id: int | None = None  # the cut token: no longer part of ids, but sampled all the same
+    cut_logp: float = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------- sampling
@@ -120,7 +122,7 @@ def cut(ids: list[int], logp: list[float], stop_ids: Sequence[int], cut_ids: Seq
         if token in stop_ids:
             return Trace(ids[: at + 1], logp[: at + 1], finished=True)
         if token in cut_ids:
-            return Trace(ids[:at], logp[:at], finished=False)
+            return Trace(ids[:at], logp[:at], finished=False, cut_id=token, cut_logp=logp[at])
     return Trace(ids, logp, finished=False)
 
 

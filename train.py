@@ -7,7 +7,7 @@ One step, top to bottom (one function call each; formulas in aggregate.py and be
   4. reward of a trace = f(its answer probabilities); advantage, weight     aggregate.aggregate, .advantages
   5. loss, on the very forward that scored; backward; AdamW
 
-    loss = -1/B sum_x 1/K sum_k [ sum_t rho_kt A_k log pi(z_kt | ...)       a sampled marker is a token of z: stopping is learnt
+    loss = -1/B sum_x 1/K sum_k [ sum_t rho_kt A_k log pi(z_kt | ...)       the token that ended z included: stopping is learnt
                                 + sum_i omega_ki log c_ki                   the gold answer, given the trace
                                 + lambda 1[k not finished] log pi(m | x, z_k) ] / 512
 
@@ -165,6 +165,8 @@ def train(args: Args) -> None:
     frozen_null = FrozenNull(initial_model(args, tokenizer), args.dtype, tokenizer.marker_id) if args.null == "frozen" else None
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, args.beta2), eps=args.eps, weight_decay=args.weight_decay)
     step, position = load_progress(checkpoint, optimizer, model) if checkpoint else (0, 0)
+    row_fits = partial(fits, args, model.config)
+    next_examples(pairs, position, 1, args.seed, row_fits)  # refuses if none does
     out = open_run(args)  # not before everything that is read has proved good
     log = Log(out, args, last_step=step)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(pairs)} pairs, {len(held_out)} held out\n")
@@ -175,7 +177,7 @@ def train(args: Args) -> None:
     while step < args.steps:
         step += 1
         clock = Clock()
-        examples, position, skipped = next_examples(pairs, position, args.questions, args.seed, partial(fits, args, model.config))
+        examples, position, skipped = next_examples(pairs, position, args.questions, args.seed, row_fits)
         groups = sample_groups(policy, tokenizer, examples, step, args)
         clock.lap("sample")
 
@@ -301,8 +303,8 @@ def truncated_ratio(scores: Scores, traces: list[Trace], advantage: Tensor) -> T
 
 def sampler_logp(traces: list[Trace], like: Tensor) -> Tensor:
     """The sampler's own record of the traces' log-probs, [m, Z] like `like`, 0 beyond a trace."""
-    rows = [torch.tensor(trace.logp + [0.0] * (like.shape[1] - len(trace.logp)), dtype=like.dtype) for trace in traces]
-    return torch.stack(rows).to(like.device)
+    rows = [trace.logp if trace.cut_id is None else [*trace.logp, trace.cut_logp] for trace in traces]
+    return torch.tensor([row + [0.0] * (like.shape[1] - len(row)) for row in rows], dtype=like.dtype, device=like.device)
 
 
 def apply_update(model: Transformer, policy: Transformer, optimizer: torch.optim.Optimizer, lr: float, grad_clip: float) -> float:

@@ -15,6 +15,7 @@ Deterministic on one machine; another one's rounding gives a base of the same qu
 import json
 import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
@@ -41,17 +42,15 @@ STEPS, BATCH, LR = 2000, 64, 1e-3
 
 # ---------------------------------------------------------------------------------------------------------------- documents
 def make_question(rng: random.Random) -> tuple[str, list[str]]:
-    """A question and the names its pointers visit; the last one is the answer."""
+    """A question and the names its pointers visit, the first being the start and the last the answer."""
     cycle = rng.sample(NAMES, len(NAMES))
     follows = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
     facts = [f"{a} {b} ;" for a, b in rng.sample(sorted(follows.items()), len(follows))]
     hops = rng.choice(HOPS)
-    name, path = rng.choice(NAMES), []
-    question = f"{' '.join(facts)} from {name} go {hops} ?"
+    path = [rng.choice(NAMES)]
     for _ in range(hops):
-        name = follows[name]
-        path.append(name)
-    return question, path
+        path.append(follows[path[-1]])
+    return f"{' '.join(facts)} from {path[0]} go {hops} ?", path
 
 
 def make_answer(name: str) -> str:
@@ -61,10 +60,10 @@ def make_answer(name: str) -> str:
 def make_trace(kind: str, path: list[str], rng: random.Random) -> tuple[str, str]:
     """The trace of a document of this kind, and the name its answer gives."""
     if kind == "wrong":  # goes astray somewhere and believes itself
-        at = rng.randrange(len(path))
+        at = rng.randrange(1, len(path))
         path = path[:at] + [rng.choice(NAMES) for _ in path[at:]]
     if kind in ("worked", "wrong"):
-        return " ".join(f"{name} {len(path) - 1 - i} ," for i, name in enumerate(path)), path[-1]
+        return " ".join(f"{i} {a} {b} ," for i, (a, b) in enumerate(pairwise(path), start=1)), path[-1]
     if kind == "rambling":
         return " ".join(rng.choice(FILLER + NAMES) for _ in range(rng.randrange(4, 16))), path[-1]
     return "", path[-1]

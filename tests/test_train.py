@@ -1,0 +1,534 @@
+"""The training loop's properties: the estimator is right, nothing depends on batching, runs resume, bad updates are not applied."""
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_module
+from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
+from data import Example, Tokenizer
+from errors import InputError, TrainingError
+from model import Config, Transformer, load_model
+from reward import score
+from sample import Trace, sample_traces
+from train import LENGTH_SCALE, Args, Clock, judge, loss_terms, parse_args, train, train_group, truncated_ratio
+
+ROOT = Path(__file__).parents[1]
+WORDS, MARKER, EOS = (0, 1, 2), 3, 4
+PROMPT, ANSWER = [0, EOS, 2], [1, 0, EOS]
+BRIEF = dict(steps=3, questions=4, traces=4, max_trace=12, eval_questions=4, eval_every=2, save_every=1, device="cpu")
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+    torch.manual_seed(seed)
+    config = Config(vocab_size=5, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # far from uniform, so that every term of the gradient shows
+    return model.to(dtype)
+
+
+def gradient(model: Transformer) -> torch.Tensor:
+    """All gradients as one vector, and forgets them."""
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+# ---------------------------------------------------------------------------------------------------------------- the estimator
+def every_trace(limit: int = 3) -> list[Trace]:
+    """All that sampling can return within `limit` tokens: ended by the marker, ended by eos (a cut token), or cut at the limit."""
+    traces = []
+    for length in range(limit):
+        for words in itertools.product(WORDS, repeat=length):
+            traces.append(Trace([*words, MARKER], [0.0] * (length + 1), finished=True))
+            traces.append(Trace(list(words), [0.0] * length, finished=False, cut_id=EOS))
+    traces += [Trace(list(words), [0.0] * limit, finished=False) for words in itertools.product(WORDS, repeat=limit)]
+    return traces
+
+
+def plain_logp(model: Transformer, context: list[int], tokens: list[int]) -> torch.Tensor:
+    """log-probs of `tokens` after `context`: one full row, full logits, log_softmax; nothing of reward.py."""
+    hidden = model(torch.tensor([context + tokens]))[0]
+    logp = (hidden @ model.lm_head.weight.T).log_softmax(-1)
+    at = torch.arange(len(context) - 1, len(context) + len(tokens) - 1)
+    return logp[at, torch.tensor(tokens)]
+
+
+def exact_objective(model: Transformer, name: str) -> torch.Tensor:
+    """J = sum over all traces of P(z) f(c(z)), straight from its definition."""
+    null_logp = plain_logp(model, [*PROMPT, MARKER], ANSWER).detach()
+    total = torch.zeros((), dtype=torch.float64)
+    for trace in every_trace():
+        actions = [*trace.ids, EOS] if trace.cut_id is not None else trace.ids
+        context = PROMPT + (trace.ids if trace.finished else [*trace.ids, MARKER])
+        probability = plain_logp(model, PROMPT, actions).sum().exp()
+        total = total + probability * AGGREGATORS[name](plain_logp(model, context, ANSWER)[None], null_logp)[0]
+    return total
+
+
+def estimator_args(name: str, **changes) -> Args:
+    """One question, K = 1; marker_weight 0, as the cross-entropy on a forced marker is no part of J."""
+    args = Args(aggregator=name, questions=1, traces=1, center="none", scale="none", answer_weight="exact", marker_weight=0.0)
+    return replace(args, **changes)
+
+
+SINGLE = [name for name in AGGREGATORS if name not in GROUP_AGGREGATORS]
+
+
+def test_the_traces_of_the_enumeration_have_total_probability_one():
+    model = tiny_model()
+    total = sum(plain_logp(model, PROMPT, [*t.ids, EOS] if t.cut_id is not None else t.ids).sum().exp() for t in every_trace())
+    assert abs(total.item() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
+    model, traces, args = tiny_model(), every_trace(), estimator_args(name)
+    exact_objective(model, name).backward()
+    exact = gradient(model)
+
+    scores = score(model, PROMPT, traces, ANSWER, MARKER)
+    probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
+    reward, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+    # loss_terms is linear in advantage and weight: scaling each trace's by its probability sums what K = 1 would do, trace by trace
+    loss_terms(scores, traces, advantage * probability, weight * probability[:, None], args).sum().backward()
+    assert torch.equal(reward, advantage)  # center none, scale none
+    assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["weighted_sum_log_prob", "prob"])
+def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
+    model, traces, args = tiny_model(1), every_trace(), estimator_args(name, traces=2, center="loo")
+    exact_objective(model, name).backward()
+    exact = gradient(model)
+
+    scores = score(model, PROMPT, traces, ANSWER, MARKER)
+    probability = scores.trace_logp.detach().sum(dim=1).exp()
+    reward, _, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), replace(args, center="none", traces=1))
+    advantage, answer_weight = torch.zeros_like(reward), torch.zeros_like(weight)
+    for i, j in itertools.product(range(len(traces)), repeat=2):
+        both = probability[i] * probability[j]
+        pair = advantages(reward[[i, j]], center="loo", scale="none") * both
+        for trace, own in zip((i, j), pair, strict=True):
+            advantage[trace] += own
+            answer_weight[trace] += weight[trace] * both
+    loss_terms(scores, traces, advantage, answer_weight, args).sum().backward()
+    assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------- one group
+EXAMPLE = Example(index=0, prompt=PROMPT, answer=ANSWER, question="", gold="")
+
+
+def sampled_group(model: Transformer, k: int = 8, seed: int = 0) -> list[Trace]:
+    return sample_traces(model, [PROMPT], k, 6, stop_ids=[MARKER], seed=seed, cut_ids=[EOS])[0]
+
+
+def group_gradient(model: Transformer, traces: list[Trace], args: Args) -> torch.Tensor:
+    train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
+    return gradient(model)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+@pytest.mark.parametrize("changes", [{}, {"answer_weight": "exact"}, {"updates": 2, "questions": 2}, {"null_loss": 0.5}])
+def test_the_gradient_does_not_depend_on_micro_traces(micro, changes):
+    model = tiny_model()
+    traces = sampled_group(tiny_model(7))  # another policy's traces: ratios differ from 1 and some are clipped
+    args = Args(questions=1, traces=8, aggregator="geometric_mean")
+    args = replace(args, **changes)
+    assert relative(group_gradient(model, traces, replace(args, micro_traces=micro)), group_gradient(model, traces, args)) < 1e-6
+
+
+def test_the_gradient_does_not_depend_on_the_order_of_the_traces():
+    model = tiny_model()
+    traces = sampled_group(model)
+    args = Args(questions=1, traces=8)
+    assert relative(group_gradient(model, traces[::-1], args), group_gradient(model, traces, args)) < 1e-6
+
+
+def test_the_gradient_does_not_depend_on_padding():
+    """A trace far longer than the others, with advantage and weight 0, makes every row longer and changes nothing else."""
+    model, args = tiny_model(), Args(questions=1, traces=2)
+    traces, long = sampled_group(model, 2), Trace([0] * 40, [0.0] * 40, finished=False)
+    advantage, weight = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
+    loss_terms(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, replace(args, marker_weight=0.0)).sum().backward()
+    short = gradient(model)
+    zero = torch.zeros(1, dtype=torch.float64)
+    scores = score(model, PROMPT, [*traces, long], ANSWER, MARKER)
+    more = torch.cat([advantage, zero]), torch.cat([weight, zero.expand(1, 3)])
+    loss_terms(scores, [*traces, long], *more, replace(args, marker_weight=0.0)).sum().backward()
+    assert relative(gradient(model), short) < 1e-6
+
+
+def test_the_gradient_does_not_depend_on_the_number_of_questions_per_backward():
+    model, args = tiny_model(), Args(questions=2, traces=4)
+    groups = [sampled_group(model, 4, seed) for seed in (1, 2)]
+    for traces in groups:
+        train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
+    one_by_one = gradient(model)
+    loss = torch.zeros((), dtype=torch.float64)
+    for traces in groups:
+        scores = score(model, PROMPT, traces, ANSWER, MARKER)
+        _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+        loss = loss + loss_terms(scores, traces, advantage, weight, args).sum()
+    loss.backward()
+    assert relative(gradient(model), one_by_one) < 1e-6
+
+
+def test_the_loss_is_the_formula_of_the_docstring():
+    """Token sums over K and one constant: neither the padded length nor the number of tokens divides anything."""
+    model, args = tiny_model(), Args(questions=3, traces=2, marker_weight=0.3)
+    traces = [Trace([0, 1, MARKER], [0.0] * 3, finished=True), Trace([2, 2, 2, 1, 0], [0.0] * 5, finished=False)]
+    advantage, weight = torch.tensor([0.7, -1.1], dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        terms = loss_terms(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, args)
+        trace_term = 0.7 * plain_logp(model, PROMPT, [0, 1, MARKER]).sum() - 1.1 * plain_logp(model, PROMPT, [2, 2, 2, 1, 0]).sum()
+        contexts = [[*PROMPT, 0, 1, MARKER], [*PROMPT, 2, 2, 2, 1, 0, MARKER]]
+        answer_term = sum((w * plain_logp(model, c, ANSWER)).sum() for w, c in zip(weight, contexts, strict=True))
+        marker_term = 0.3 * plain_logp(model, [*PROMPT, 2, 2, 2, 1, 0], [MARKER]).sum()
+    expected = -torch.stack([trace_term, answer_term, marker_term, torch.zeros_like(trace_term)]) / (3 * 2 * LENGTH_SCALE)
+    assert torch.allclose(terms, expected, rtol=1e-10, atol=0)
+
+
+def test_a_sampled_marker_gets_the_advantage_and_a_forced_one_never_does():
+    model, args = tiny_model(), Args(questions=1, traces=1, marker_weight=0.0)
+    advantage, weight = torch.ones(1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    for trace, expected in ((Trace([MARKER], [0.0], True), [MARKER]), (Trace([1], [0.0], False), [1]), (Trace([], [], False, EOS), [EOS])):
+        terms = loss_terms(score(model, PROMPT, [trace], ANSWER, MARKER), [trace], advantage, weight, args)
+        assert torch.allclose(-terms.sum() * LENGTH_SCALE, plain_logp(model, PROMPT, expected).sum(), rtol=1e-10)
+
+
+def test_the_ratio_is_truncated_and_a_token_that_has_left_the_range_gets_no_gradient():
+    model = tiny_model()
+    ids = [0, 1, 2, 1, 0, 2]
+    own = plain_logp(model, PROMPT, ids).tolist()
+    ratios = [1.0, 1.2, 0.9, 1.5, 0.5, 1.27]
+    trace = Trace(ids, [logp - math.log(ratio) for logp, ratio in zip(own, ratios, strict=True)], finished=False)
+    scores = score(model, PROMPT, [trace, trace], ANSWER, MARKER)
+    rho = truncated_ratio(scores, [trace, trace], torch.tensor([1.0, -1.0], dtype=torch.float64))
+    expected = [[1.0, 1.2, 0.9, 0.0, 0.8, 1.27], [1.0, 1.2, 0.9, 1.28, 0.0, 1.27]]
+    assert torch.allclose(rho, torch.tensor(expected, dtype=torch.float64), atol=1e-9)
+    assert not rho.requires_grad
+
+
+def test_nothing_handed_to_a_group_is_changed_by_it():
+    model = tiny_model()
+    traces = sampled_group(model)
+    before = repr((EXAMPLE, traces))
+    group_gradient(model, traces, Args(questions=1, traces=8, null_loss=0.5, micro_traces=3))
+    assert repr((EXAMPLE, traces)) == before
+
+
+@pytest.mark.parametrize("micro", [0, 1, 3])
+def test_the_logged_loss_is_that_of_all_traces(micro):
+    """Not the last micro-batch's, not a mean of means."""
+    model = tiny_model()
+    traces, args = sampled_group(model), Args(questions=1, traces=8, micro_traces=micro, null_loss=0.2)
+    figures = train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
+    scores = score(model, PROMPT, traces, ANSWER, MARKER)
+    _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+    assert figures["losses"] == pytest.approx(loss_terms(scores, traces, advantage, weight, args).tolist(), rel=1e-5)
+
+
+def test_sft_is_the_cross_entropy_of_answer_and_marker_without_a_trace():
+    model, args = tiny_model(), Args(questions=1, traces=0)
+    train_group(model, EXAMPLE, [Trace([], [], finished=False)], None, MARKER, args, Clock())
+    got = gradient(model)
+    loss = plain_logp(model, [*PROMPT, MARKER], ANSWER).sum() + 0.3 * plain_logp(model, PROMPT, [MARKER]).sum()
+    (-loss / LENGTH_SCALE).backward()
+    assert relative(got, gradient(model)) < 1e-10
+
+
+def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answer_weight():
+    logp = torch.tensor([[-1.0, -1.0], [-3.0, -3.0]])
+    null_logp = torch.tensor([-2.0, -2.0])
+    args = Args(aggregator="geometric_mean", clip_null=True, center="none", scale="none", answer_weight="exact")
+    reward, advantage, weight = judge(logp, null_logp, args)
+    assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0])) and torch.equal(reward, advantage)
+    assert torch.allclose(weight, torch.tensor([[math.exp(-1) / 2] * 2, [0.0] * 2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- whole runs
+WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
+KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think gold_logp_null gain gold_ce trace_len_mean
+trace_len_min trace_len_max finished_frac entropy dup_frac rep_frac ratio_max clip_frac sampler_gap trace_loss answer_loss marker_loss
+grad_norm lr tokens_per_s sec_sample sec_score sec_update mem_gb""".split()  # the stable names: dashboards and scripts rely on them
+
+
+def run(out: Path, **changes) -> list[dict]:
+    """Trains in this process on the embedded task -> log lines."""
+    train(Args(**(BRIEF | {"out": str(out)} | changes)))
+    return read_log(out)
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in WALL_CLOCK} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder).named_parameters())
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "plain"
+    run(out)
+    return out
+
+
+def test_a_run_logs_every_stable_name_and_evaluates_before_during_and_after(plain_run):
+    lines = read_log(plain_run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(set(KEYS) <= set(line) for line in lines[1:])
+    evaluated = [line["step"] for line in lines if {"eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len"} <= set(line)]
+    assert evaluated == [0, 2, 3]
+    assert all(line["sampler_gap"] < 1e-4 for line in lines[1:])  # what was scored is, token for token, what was sampled
+    assert all(line["gain"] == pytest.approx(line["gold_logp_think"] - line["gold_logp_null"]) for line in lines[1:])
+    parts = ("trace_loss", "answer_loss", "marker_loss", "null_loss")
+    assert all(line["loss"] == pytest.approx(sum(line[name] for name in parts)) for line in lines[1:])
+
+
+def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_run):
+    assert json.loads((plain_run / "args.json").read_text()) == asdict(Args(**(BRIEF | {"out": str(plain_run)})))
+    samples = [json.loads(line) for line in (plain_run / "samples.jsonl").read_text().splitlines()]
+    assert [len(sample["traces"]) for sample in samples] == [4, 4, 4]
+    assert sorted(path.name for path in plain_run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]  # --keep 2
+    assert_same_weights(plain_run / "final", plain_run / "checkpoint-000003")
+    assert Tokenizer(plain_run / "final").marker == "=>"  # final/ knows its marker and prompt format
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(plain_run, tmp_path):
+    assert without_clock(run(tmp_path / "again")) == without_clock(read_log(plain_run))
+    assert without_clock(run(tmp_path / "other", seed=1)) != without_clock(read_log(plain_run))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"traces": 0},
+        {"updates": 2},
+        {"null": "frozen"},
+        {"null_loss": 0.1, "answer_weight": "exact"},
+        {"clip_null": True, "micro_traces": 1},
+        {"aggregator": "jlb_multi", "center": "loo", "scale": "none"},
+        {"temperature": 0.7},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_every_mode_trains(changes, tmp_path):
+    lines = run(tmp_path / "run", **changes, steps=2)
+    assert all(set(KEYS) <= set(line) for line in lines[1:])
+    assert all(value is not None for line in lines for value in line.values())
+    assert any(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "run/final").values(), weights(Args.model).values(), strict=True))
+
+
+def test_every_aggregator_trains(tmp_path):
+    for name in AGGREGATORS:
+        lines = run(tmp_path / name, aggregator=name, steps=1, questions=1)
+        assert all(value is not None for value in lines[-1].values()), name
+
+
+def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt():
+    initial, trained = tiny_model(0), tiny_model(1)
+    frozen = train_module.FrozenNull(initial, "float64", MARKER)
+    expected = plain_logp(tiny_model(0), [*PROMPT, MARKER], ANSWER)
+    assert torch.allclose(frozen(EXAMPLE), expected, rtol=1e-10)
+    args = Args(questions=1, traces=8, null="frozen", aggregator="info_gain", center="none", scale="none")
+    figures = train_group(trained, EXAMPLE, sampled_group(trained), frozen(EXAMPLE), MARKER, args, Clock())
+    assert figures["reward"] == pytest.approx([(think - expected.sum().item()) / 3 for think in figures["think"]])
+
+
+def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
+    model = tiny_model(dtype=torch.float32)
+    twin = train_module.low_precision_twin(model, "bfloat16")
+    for _ in range(300):  # 300 gradients of 1 on one weight: bf16 would stop counting at 256
+        (twin.norm.weight.sum()).backward()
+    assert torch.equal(model.norm.weight.grad, torch.full((16,), 300.0))
+    assert all(p.grad is None for p in twin.parameters()) and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_every_flag_is_used():
+    """A flag that does nothing is a lie."""
+    source = (ROOT / "train.py").read_text()
+    unused = [f.name for f in fields(Args) if f"args.{f.name}" not in source]
+    assert not unused
+
+
+# ---------------------------------------------------------------------------------------------------------------- interruption
+def start(out: Path, *flags: str) -> subprocess.Popen:
+    brief = [text for name, value in BRIEF.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    command = [sys.executable, "train.py", *brief, "--out", str(out), *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupted_run(tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print("kill seed", seed)  # pytest shows it if the test fails
+    rng = random.Random(seed)
+    flags = ("--steps", "8", "--save-every", "2")
+    assert start(tmp_path / "whole", *flags).wait() == 0
+
+    for kills in range(3):
+        process = start(tmp_path / "killed", *flags, "--resume")
+        wanted = rng.randrange(2, 6)  # lines on its console; the first step is the fourth
+        for _ in range(wanted):
+            process.stdout.readline()
+        for _ in range(rng.randrange(200_000)):  # somewhere within what comes after that line: a step, its log line, a checkpoint
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        for checkpoint in (tmp_path / "killed").glob("checkpoint-??????"):
+            assert (checkpoint / "progress.json").exists(), kills
+            load_model(checkpoint)
+    resumed = start(tmp_path / "killed", *flags, "--resume")
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    assert without_clock(read_log(tmp_path / "killed")) == without_clock(read_log(tmp_path / "whole"))
+    assert (tmp_path / "killed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+    assert_same_weights(tmp_path / "killed/final", tmp_path / "whole/final")
+
+
+def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_included(plain_run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(plain_run, out)
+    shutil.rmtree(out / "checkpoint-000003")
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "rew')
+    (out / "checkpoint-000004.tmp").mkdir()  # what a kill in the middle of saving leaves
+    run(out, resume=True)
+    assert without_clock(read_log(out)) == without_clock(read_log(plain_run))
+    assert not list(out.glob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- NaN
+def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    real, calls = train_module.loss_terms, itertools.count()
+
+    def poisoned(*args):
+        poison = math.nan if next(calls) // 4 in (1, 3, 4, 5) else 1.0  # 4 questions a step: step 2, and steps 4, 5, 6
+        return real(*args) * poison
+
+    monkeypatch.setattr(train_module, "loss_terms", poisoned)
+    with pytest.raises(TrainingError, match="3 times in a row"):
+        run(tmp_path / "run", steps=9, keep=9)
+    lines = read_log(tmp_path / "run")
+    assert [line["bad_updates"] for line in lines[1:]] == [0, 1, 0, 1, 1, 1]
+    assert [line["loss"] is None for line in lines[1:]] == [False, True, False, True, True, True]
+    assert_same_weights(tmp_path / "run/checkpoint-000002", tmp_path / "run/checkpoint-000001")
+    assert_same_weights(tmp_path / "run/checkpoint-000005", tmp_path / "run/checkpoint-000003")
+    assert all(p.isfinite().all() for p in weights(tmp_path / "run/checkpoint-000005").values())
+
+
+# ---------------------------------------------------------------------------------------------------------------- bad input
+def refusal(capsys, *argv: str) -> str:
+    """What `train.py ARGV` prints when it refuses: checks that it is one line, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        train_module.exit_on_bad_input(lambda: train(parse_args(argv)))()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--no-such-flag", "1"], "--no-such-flag"),
+        (["--step", "3"], "--step"),  # no abbreviations
+        (["--steps", "many"], "--steps"),
+        (["--steps", "0"], "--steps"),
+        (["--lr", "nan"], "--lr"),
+        (["--aggregator", "best"], "best"),
+        (["--traces", "1"], "--traces"),
+        (["--traces", "1", "--center", "none"], "--scale"),
+        (["--questions", "5", "--updates", "2"], "--updates"),
+        (["--traces", "0", "--null-loss", "1"], "--null-loss"),
+        (["--clip-null", "--aggregator", "r3"], "--clip-null"),
+        (["--resume", "--overwrite"], "--resume"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--marker", "<end>"], "<end>"),
+        (["--prompt-format", "no place"], "{question}"),
+        (["--max-prompt", "3"], "--max-prompt"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(flags, said, tmp_path, capsys):
+    assert said in refusal(capsys, "--out", str(tmp_path / "run"), *flags)
+    assert not (tmp_path / "run/log.jsonl").exists() and not list(tmp_path.glob("run/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("not json", "not JSON"),
+        ('{"question": "from ann go 1 ?"}', '"answer"'),
+        ('{"question": "from ann go 1 ?", "answer": " "}', "answer is empty"),
+        ('["from ann go 1 ?", "kim"]', "object"),
+    ],
+)
+def test_a_bad_row_is_refused_by_file_and_line(row, said, tmp_path, capsys):
+    good = '{"question": "from ann go 1 ?", "answer": "kim"}\n'
+    (tmp_path / "rows.jsonl").write_text(good * 6 + row + "\n" + good)
+    error = refusal(capsys, "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"))
+    assert "rows.jsonl:7:" in error and said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten_unasked(plain_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in plain_run.rglob("*")}
+    assert "already holds a run" in refusal(capsys, "--out", str(plain_run))
+    assert {path: path.stat().st_mtime_ns for path in plain_run.rglob("*")} == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refusal(capsys, "--out", str(tmp_path / "file/run"))
+
+
+def test_a_checkpoint_that_lacks_its_optimizer_is_refused_by_name(plain_run, tmp_path, capsys):
+    shutil.copytree(plain_run, tmp_path / "run")
+    (tmp_path / "run/checkpoint-000003/optimizer.safetensors").write_bytes(b"short")
+    assert "checkpoint-000003" in refusal(capsys, "--out", str(tmp_path / "run"), "--resume")
+
+
+def test_the_command_itself_exits_with_code_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--traces", "1", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "--traces 1" in done.stderr
+
+
+def test_k_1_with_centring_is_refused_by_the_function_too():
+    with pytest.raises(InputError, match="traces"):
+        advantages(torch.tensor([1.0]), center="mean")
