@@ -67,6 +67,9 @@ REQUIRED = {
     "quantization_config": None,
 }
 
+# What a key that config.json leaves out means to transformers, where it is not Config's default. A null stands for itself.
+ABSENT = {"llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}}
+
 
 def read_config(path: str | Path) -> Config:
     """Config from `path`/config.json, of both generations: rope_theta + rope_scaling, and rope_parameters. InputError if refused."""
@@ -87,7 +90,8 @@ def read_config(path: str | Path) -> Config:
         raise InputError(f"{file}: layer_types that differ from layer to layer are not implemented")
 
     known = {f.name for f in fields(Config)} - {"source", "rope_scaling"}
-    values = {name: source[name] for name in known if source.get(name) is not None}
+    stated = ABSENT[source["model_type"]] | source
+    values = {name: stated[name] for name in known if stated.get(name) is not None}
     for name in [f.name for f in fields(Config)[:7] if f.name in values or f.default is MISSING]:  # the sizes
         if not isinstance(values.get(name), int) or values[name] < 1:
             raise InputError(f"{file}: {name} is {source.get(name, 'missing')!r}, it should be a positive integer")
