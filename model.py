@@ -92,19 +92,26 @@ def read_config(path: str | Path) -> Config:
     known = {f.name for f in fields(Config)} - {"source", "rope_scaling"}
     stated = ABSENT[source["model_type"]] | source
     values = {name: stated[name] for name in known if stated.get(name) is not None}
-    for name in [f.name for f in fields(Config)[:7] if f.name in values or f.default is MISSING]:  # the sizes
+    if source["model_type"] == "llama" or source.get("use_sliding_window") is False:
+        values.pop("sliding_window", None)  # Llama ignores the field
+    sizes = [f.name for f in fields(Config)[:7] if f.name in values or f.default is MISSING]
+    for name in [*sizes, *({"sliding_window"} & values.keys())]:
         if not isinstance(values.get(name), int) or values[name] < 1:
             raise InputError(f"{file}: {name} is {source.get(name, 'missing')!r}, it should be a positive integer")
-    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
-    values["rope_theta"] = float(rope.pop("rope_theta", None) or source.get("rope_theta") or 10000.0)
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_scaling (or rope_parameters) is {rope!r}, it should be an object")
+    rope = dict(rope)  # a copy: `source` goes back out as it came
+    values["rope_theta"] = rope.pop("rope_theta", None) or source.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise InputError(f"{file}: rope type {kind!r} is not implemented; default and llama3 are")
-    lacking = [name for name in LLAMA3_ROPE if kind == "llama3" and name not in rope]
-    if lacking:
-        raise InputError(f"{file}: rope type llama3 lacks {lacking[0]}")
-    if source["model_type"] == "llama" or source.get("use_sliding_window") is False:
-        values.pop("sliding_window", None)  # Llama ignores the field
+    numbers = {name: values[name] for name in ("rms_norm_eps", "rope_theta") if name in values}
+    if kind == "llama3":
+        numbers |= {name: rope.get(name, "missing") for name in LLAMA3_ROPE}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise InputError(f"{file}: {name} is {value!r}, it should be a positive number")
     config = Config(**values, rope_scaling=rope if kind == "llama3" else None, source=source)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise InputError(
@@ -346,8 +353,8 @@ def weight_files(path: Path) -> list[Path]:
             raise InputError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
         return [path / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: not an index of safetensors files: {error!r}") from None
     absent = [name for name in names if not (path / name).exists()]
     if absent:
