@@ -378,6 +378,8 @@ def save_model(model: Transformer, path: str | Path, dtype: torch.dtype | None =
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(names, shards, strict=True):
         save_file(shard, path / file, metadata={"format": "pt"})
+    for stale in set(path.glob("model*.safetensors*")) - {path / file for file in names}:
+        stale.unlink()  # a model saved here before: its index would be read in place of ours, its shards beside ours
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = {"total_size": sum(t.nbytes for t in state.values())}
