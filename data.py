@@ -223,7 +223,7 @@ def next_examples(pairs: Pairs, position: int, count: int, seed: int, fits) -> t
     """The next `count` examples for which fits(example) holds -> (examples, position after them, rows skipped as too long)."""
     examples, start = [], position
     while len(examples) < count:
-        if position - start >= count + len(pairs) and not examples:
+        if position - start >= 2 * len(pairs) and not examples:  # whatever the start, these hold one whole epoch
             raise InputError(f"{pairs.path}: not one of its {len(pairs)} rows fits; raise --max-prompt or --max-answer")
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1
