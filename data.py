@@ -171,6 +171,10 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
             if not isinstance(row[key], str):
                 raise InputError(f'{where}: "{key}" is a {type(row[key]).__name__}, it should be a string')
         turns = [row["question"], row["answer"]]
+    try:
+        "".join(turns).encode()
+    except UnicodeEncodeError:  # such text can be held in JSON, and in a str, but not be tokenised
+        raise InputError(f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)") from None
     *turns, gold = (text.strip() for text in turns)
     if not gold:
         raise InputError(f"{where}: the answer is empty")
