@@ -91,7 +91,8 @@ class Tokenizer:
         return self.prefix + self.model.encode(text, add_special_tokens=False).ids
 
     def encode_answer(self, text: str) -> list[int]:
-        return [*self.model.encode(text, add_special_tokens=False).ids, self.eos_ids[0]]
+        ids, eos = self.model.encode(text, add_special_tokens=False).ids, self.eos_ids[0]
+        return ids if ids[-1:] == [eos] else [*ids, eos]  # some data spells its eos out
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         """Text, for people and for exact match only: nothing that is scored passes through here. special: show special tokens."""
