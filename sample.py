@@ -57,7 +57,7 @@ def sample_traces(
     seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     uniforms = torch.cat([uniform(s, k, max_new_tokens) for s in seeds]).to(device)  # [R, max_new]
     ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    ends[[*stop_ids, *cut_ids]] = True
+    ends[[token for token in (*stop_ids, *cut_ids) if token < len(ends)]] = True  # a tokenizer may know tokens the model does not
     ends = ends.to(device)
 
     # Prompts once each, padded on the right; then every prompt's keys and values into its k rows.
