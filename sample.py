@@ -186,7 +186,7 @@ def answers_right(model: Transformer, tokenizer: Tokenizer, examples: Sequence[E
     longest = max(len(e.answer) for e in examples)
     answers = sample_traces(model, prompts, 1, longest, 0.0, tokenizer.eos_ids)
     return [
-        answer.finished and tokenizer.decode(answer.ids).strip() == tokenizer.decode(e.answer).strip()
+        answer.finished and len(answer.ids) <= len(e.answer) and tokenizer.decode(answer.ids).strip() == tokenizer.decode(e.answer).strip()
         for e, (answer,) in zip(examples, answers, strict=True)
     ]
 
