@@ -210,6 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.question is None) == (args.data is None):
         raise InputError("give either --question or --data")
+    if args.seed < 0:
+        raise InputError(f"--seed is {args.seed}, it should be 0 or more")
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     if tokenizer.marker_is_new:
         raise InputError(f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: was this model trained with another?")
