@@ -91,7 +91,8 @@ class Tokenizer:
         return self.prefix + self.model.encode(text, add_special_tokens=False).ids
 
     def encode_answer(self, text: str) -> list[int]:
-        return [*self.model.encode(text, add_special_tokens=False).ids, self.eos_ids[0]]
+        ids, eos = self.model.encode(text, add_special_tokens=False).ids, self.eos_ids[0]
+        return ids if ids[-1:] == [eos] else [*ids, eos]  # some data spells its eos out
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         """Text, for people and for exact match only: nothing that is scored passes through here. special: show special tokens."""
@@ -171,6 +172,10 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
             if not isinstance(row[key], str):
                 raise InputError(f'{where}: "{key}" is a {type(row[key]).__name__}, it should be a string')
         turns = [row["question"], row["answer"]]
+    try:
+        "".join(turns).encode()
+    except UnicodeEncodeError:  # such text can be held in JSON, and in a str, but not be tokenised
+        raise InputError(f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)") from None
     *turns, gold = (text.strip() for text in turns)
     if not gold:
         raise InputError(f"{where}: the answer is empty")
@@ -223,7 +228,7 @@ def next_examples(pairs: Pairs, position: int, count: int, seed: int, fits) -> t
     """The next `count` examples for which fits(example) holds -> (examples, position after them, rows skipped as too long)."""
     examples, start = [], position
     while len(examples) < count:
-        if position - start >= count + len(pairs) and not examples:
+        if position - start >= 2 * len(pairs) and not examples:  # whatever the start, these hold one whole epoch
             raise InputError(f"{pairs.path}: not one of its {len(pairs)} rows fits; raise --max-prompt or --max-answer")
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1

@@ -67,6 +67,9 @@ REQUIRED = {
     "quantization_config": None,
 }
 
+# What a key that config.json leaves out means to transformers, where it is not Config's default. A null stands for itself.
+ABSENT = {"llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}}
+
 
 def read_config(path: str | Path) -> Config:
     """Config from `path`/config.json, of both generations: rope_theta + rope_scaling, and rope_parameters. InputError if refused."""
@@ -87,20 +90,28 @@ def read_config(path: str | Path) -> Config:
         raise InputError(f"{file}: layer_types that differ from layer to layer are not implemented")
 
     known = {f.name for f in fields(Config)} - {"source", "rope_scaling"}
-    values = {name: source[name] for name in known if source.get(name) is not None}
-    for name in [f.name for f in fields(Config)[:7] if f.name in values or f.default is MISSING]:  # the sizes
+    stated = ABSENT[source["model_type"]] | source
+    values = {name: stated[name] for name in known if stated.get(name) is not None}
+    if source["model_type"] == "llama" or source.get("use_sliding_window") is False:
+        values.pop("sliding_window", None)  # Llama ignores the field
+    sizes = [f.name for f in fields(Config)[:7] if f.name in values or f.default is MISSING]
+    for name in [*sizes, *({"sliding_window"} & values.keys())]:
         if not isinstance(values.get(name), int) or values[name] < 1:
             raise InputError(f"{file}: {name} is {source.get(name, 'missing')!r}, it should be a positive integer")
-    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
-    values["rope_theta"] = float(rope.pop("rope_theta", None) or source.get("rope_theta") or 10000.0)
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_scaling (or rope_parameters) is {rope!r}, it should be an object")
+    rope = dict(rope)  # a copy: `source` goes back out as it came
+    values["rope_theta"] = rope.pop("rope_theta", None) or source.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise InputError(f"{file}: rope type {kind!r} is not implemented; default and llama3 are")
-    lacking = [name for name in LLAMA3_ROPE if kind == "llama3" and name not in rope]
-    if lacking:
-        raise InputError(f"{file}: rope type llama3 lacks {lacking[0]}")
-    if source["model_type"] == "llama" or source.get("use_sliding_window") is False:
-        values.pop("sliding_window", None)  # Llama ignores the field
+    numbers = {name: values[name] for name in ("rms_norm_eps", "rope_theta") if name in values}
+    if kind == "llama3":
+        numbers |= {name: rope.get(name, "missing") for name in LLAMA3_ROPE}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise InputError(f"{file}: {name} is {value!r}, it should be a positive number")
     config = Config(**values, rope_scaling=rope if kind == "llama3" else None, source=source)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise InputError(
@@ -342,8 +353,8 @@ def weight_files(path: Path) -> list[Path]:
             raise InputError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
         return [path / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: not an index of safetensors files: {error!r}") from None
     absent = [name for name in names if not (path / name).exists()]
     if absent:
@@ -373,6 +384,8 @@ def save_model(model: Transformer, path: str | Path, dtype: torch.dtype | None =
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
     for file, shard in zip(names, shards, strict=True):
         save_file(shard, path / file, metadata={"format": "pt"})
+    for stale in set(path.glob("model*.safetensors*")) - {path / file for file in names}:
+        stale.unlink()  # a model saved here before: its index would be read in place of ours, its shards beside ours
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = {"total_size": sum(t.nbytes for t in state.values())}

@@ -59,7 +59,7 @@ def sample_traces(
     seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     uniforms = torch.cat([uniform(s, k, max_new_tokens) for s in seeds]).to(device)  # [R, max_new]
     ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    ends[[*stop_ids, *cut_ids]] = True
+    ends[[token for token in (*stop_ids, *cut_ids) if token < len(ends)]] = True  # a tokenizer may know tokens the model does not
     ends = ends.to(device)
 
     # Prompts once each, padded on the right; then every prompt's keys and values into its k rows.
@@ -190,7 +190,7 @@ def answers_right(model: Transformer, tokenizer: Tokenizer, examples: Sequence[E
     longest = max(len(e.answer) for e in examples)
     answers = sample_traces(model, prompts, 1, longest, 0.0, tokenizer.eos_ids)
     return [
-        answer.finished and tokenizer.decode(answer.ids).strip() == tokenizer.decode(e.answer).strip()
+        answer.finished and len(answer.ids) <= len(e.answer) and tokenizer.decode(answer.ids).strip() == tokenizer.decode(e.answer).strip()
         for e, (answer,) in zip(examples, answers, strict=True)
     ]
 
@@ -214,6 +214,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.question is None) == (args.data is None):
         raise InputError("give either --question or --data")
+    if args.seed < 0:
+        raise InputError(f"--seed is {args.seed}, it should be 0 or more")
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     if tokenizer.marker_is_new:
         raise InputError(f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: was this model trained with another?")
