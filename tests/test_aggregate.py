@@ -125,7 +125,7 @@ def test_the_table_has_these_nine_methods():
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_the_dtype_that_comes_in_goes_out_detached(name, dtype):
     logp, null_logp, _, _ = given("ordinary", dtype)
-    for result in (*aggregate(name, logp.requires_grad_(), null_logp.requires_grad_()), advantages(logp[:, 0])):
+    for result in aggregate(name, logp.requires_grad_(), null_logp.requires_grad_()):
         assert result.dtype == dtype and not result.requires_grad
 
 
@@ -207,6 +207,15 @@ BY_HAND = {
 def test_advantages_are_the_formula_worked_by_hand(center, scale, rewards):
     expected = [BY_HAND[center, scale](rewards, k) for k in range(len(rewards))]
     assert advantages(torch.tensor(rewards, dtype=torch.float64), center, scale).tolist() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
+@pytest.mark.parametrize("center, scale", BY_HAND)
+def test_advantages_are_worked_out_in_float64_and_rounded_once(center, scale, dtype):
+    reward = torch.tensor(REWARDS, dtype=dtype, requires_grad=True)
+    advantage = advantages(reward, center, scale)
+    assert advantage.dtype == dtype and not advantage.requires_grad
+    assert torch.equal(advantage, advantages(reward.double(), center, scale).to(dtype))
 
 
 def test_the_defaults_are_mean_and_std():
