@@ -24,7 +24,8 @@ from errors import InputError
 
 # 1 / n_i = exp(-log n_i) is capped at exp(80) = 5.5e34: 4096 answer tokens at the cap still add up to a finite fp32 number.
 MAX_EXPONENT = 80.0
-# Rewards closer than this are equal: dividing rounding noise by its own std would hand out advantages of +-2.
+# Rewards closer than this, or than this fraction of the largest, are equal: dividing rounding noise by its own std would hand out
+# advantages of +-2. The last fp32 bit of a log-likelihood of -300 nats is 3e-5 already.
 MIN_STD = 1e-6
 
 
@@ -128,20 +129,23 @@ def advantages(reward: Tensor, center: str = "mean", scale: str = "std") -> Tens
     """Group-relative advantages of the K traces of one question.
 
     reward [K] -> [K], detached. center "mean", "loo" (the mean of the other K - 1) or "none"; scale "std" (unbiased) or "none". A group
-    whose rewards have std < 1e-6 says nothing about its traces: its advantages are exactly 0. InputError for K = 1 with centring, and
-    for unknown names.
+    whose rewards have std < 1e-6 max(1, max |reward|) says nothing about its traces: its advantages are exactly 0, unless center and
+    scale are both "none". InputError for K = 1 with centring or scaling, and for unknown names.
     """
     if center not in ("mean", "loo", "none") or scale not in ("std", "none"):
         raise InputError(f"--center {center!r} --scale {scale!r}: center is mean, loo or none, scale is std or none")
     traces = reward.shape[0]
-    if center != "none" and traces == 1:
-        raise InputError(f"--center {center} needs at least 2 traces a question: with --traces 1 every advantage would be 0")
+    if traces == 1 and (center, scale) != ("none", "none"):
+        raise InputError(
+            f"--center {center} --scale {scale} needs at least 2 traces a question: with --traces 1 every advantage would be 0 "
+            "(--center none --scale none takes the reward as it is)"
+        )
     values = reward.detach().double()  # weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
-    std = values.std() if traces > 1 else torch.zeros_like(values[0])
-    if std < MIN_STD:
+    std = values.std()
+    if std < MIN_STD * values.abs().max().clamp(min=1.0):
         return torch.zeros_like(reward)
-    baseline = {"mean": values.mean(), "loo": (values.sum() - values) / max(traces - 1, 1), "none": 0.0}[center]
+    baseline = {"mean": values.mean(), "loo": (values.sum() - values) / (traces - 1), "none": 0.0}[center]
     advantage = (values - baseline) / (std if scale == "std" else 1.0)
     return advantage.to(reward.dtype)
