@@ -13,11 +13,13 @@ from sample import Trace
 
 EXACT = 1e-12  # relative to the largest element; the rounding of float64 adds up to 1e-14 here
 VOCAB, MARKER = 23, 5
-PROMPT = [3, 9, 9, 1, 17, 2, 11]
+PROMPT = [10, 9, 9, 1, 17, 2, 11]
 ANSWER = [7, 12, 4, 22]
-# Finished by the sampled marker, cut, finished at once, cut at once, a longer one, and one pair of equals. Token 0 pads the branches: no
-# trace holds it, so that any gradient of its embedding is a fault.
-TRACES = [[8, 2, 14, MARKER], [6, 6], [MARKER], [], [20, 13, 1, 1, 8, 19, MARKER], [6, 6]]
+EOS = 21  # a cut token: ends a trace without being context for the answer
+# Finished by the sampled marker, cut by length, finished at once, cut at once, a longer one, one cut by a token, one pair of equals.
+# Token 0 pads the branches: no trace holds it, so that any gradient of its embedding is a fault.
+CUT = Trace([6, 18, 3], [0.0] * 3, finished=False, cut_id=EOS)
+TRACES = [[8, 2, 14, MARKER], [6, 6], [MARKER], [], [20, 13, 1, 1, 8, 19, MARKER], CUT, [6, 6]]
 LONG = [(7 * i) % 22 + 1 for i in range(60)]
 MODELS = {  # three layers where the window is short: a token's influence travels further than the window
     "plain": dict(num_attention_heads=4, num_key_value_heads=4),
@@ -38,42 +40,44 @@ def tiny(kind: str = "grouped-query, tied", dtype: torch.dtype = torch.float64) 
 
 
 # ---------------------------------------------------------------------------------------------------------------- the reference
+def body_and_actions(trace: list[int] | Trace) -> tuple[list[int], list[int]]:
+    """What stands before the marker, and what was sampled."""
+    if isinstance(trace, Trace):
+        assert trace.ids[-1:] != [MARKER] and trace.cut_id is not None
+        return trace.ids, [*trace.ids, trace.cut_id]
+    return (trace[:-1] if trace[-1:] == [MARKER] else trace), trace
+
+
 def full_logits(model: Transformer, row: list[int]) -> Tensor:
     return model(torch.tensor([row]))[0] @ model.lm_head.weight.T  # [L, V]
 
 
-def repeated(model: Transformer, traces: list[list[int]], temperature: float = 1.0, prompt=PROMPT, answer=ANSWER) -> Scores:
+def repeated(model: Transformer, traces: list, temperature: float = 1.0, prompt=PROMPT, answer=ANSWER) -> Scores:
     """What Scores says, from K + 1 full rows of prompt + trace + marker + answer, token by token."""
-    k, width = len(traces), 1 + max(len(trace) - (trace[-1:] == [MARKER]) for trace in traces)
-    double = torch.float64
-    trace_logp = [[torch.zeros((), dtype=double)] * width for _ in range(k)]
-    entropy = [[torch.zeros((), dtype=double)] * width for _ in range(k)]
-    mask = [[False] * width for _ in range(k)]
+    split = [body_and_actions(trace) for trace in traces]
+    k, width = len(traces), max(1, *(len(actions) for _, actions in split))
+    trace_logp = [[torch.zeros((), dtype=torch.float64)] * width for _ in range(k)]
+    entropy = [[torch.zeros((), dtype=torch.float64)] * width for _ in range(k)]
+    mask = torch.zeros(k, width, dtype=torch.bool)
     marker_logp, answer_logp = [], []
-    for index, trace in enumerate([*traces, []]):
-        finished = trace[-1:] == [MARKER]
-        context = [*prompt, *trace] if finished else [*prompt, *trace, MARKER]
+    for index, (body, actions) in enumerate([*split, ([], [])]):
+        context = [*prompt, *body, MARKER]
         logits = full_logits(model, [*context, *answer])
         policy, plain = (logits / temperature).log_softmax(-1), logits.log_softmax(-1)
-        answer_logp.append([plain[len(context) + i - 1, token] for i, token in enumerate(answer)])
+        answer_logp.append(torch.stack([plain[len(context) + i - 1, token] for i, token in enumerate(answer)]))
         marker_logp.append(policy[len(context) - 2, MARKER])
-        if index < k:
-            for t, token in enumerate(trace):
-                p = policy[len(prompt) + t - 1].detach()
-                trace_logp[index][t] = policy[len(prompt) + t - 1, token]
-                entropy[index][t] = -(p.exp() * p).sum()
-                mask[index][t] = True
-
-    def stack(rows: list) -> Tensor:
-        return torch.stack([torch.stack(row) if isinstance(row, list) else row for row in rows])
-
+        for t, token in enumerate(actions):
+            p = policy[len(prompt) + t - 1]
+            trace_logp[index][t], entropy[index][t] = p[token], -(p.exp() * p).sum().detach()
+            mask[index, t] = True
     return Scores(
-        trace_logp=stack(trace_logp),
-        trace_mask=torch.tensor(mask),
+        trace_logp=torch.stack([torch.stack(row) for row in trace_logp]),
+        trace_mask=mask,
+        finished=torch.tensor([actions[-1:] == [MARKER] for _, actions in split]),
         marker_logp=torch.stack(marker_logp[:k]),
-        answer_logp=stack(answer_logp[:k]),
-        null_logp=torch.stack(answer_logp[k]),
-        entropy=stack(entropy),
+        answer_logp=torch.stack(answer_logp[:k]),
+        null_logp=answer_logp[k],
+        entropy=torch.stack([torch.stack(row) for row in entropy]),
     )
 
 
@@ -128,6 +132,7 @@ def assert_same_scores(got: Scores, expected: Scores, rows: list[int] | None = N
     width = expected.trace_logp.shape[1]
     assert not got.trace_mask[rows, width:].any() and not got.trace_logp[rows, width:].any()
     assert torch.equal(got.trace_mask[rows, :width], expected.trace_mask)
+    assert torch.equal(got.finished[rows], expected.finished)
     assert_close(got.trace_logp[rows, :width], expected.trace_logp)
     assert_close(got.marker_logp[rows], expected.marker_logp)
     assert_close(got.answer_logp[rows], expected.answer_logp)
@@ -207,11 +212,12 @@ def test_plain_sft_is_one_empty_unfinished_trace():
 def test_a_forced_marker_is_scored_like_a_sampled_one_but_is_no_token_of_the_trace():
     model = tiny()
     scores = score(model, PROMPT, [[8, 2, MARKER], [8, 2]], ANSWER, MARKER, entropy=True)
-    assert scores.trace_mask.tolist() == [[True, True, True], [True, True, False]]
+    assert scores.trace_mask.tolist() == [[True, True, True], [True, True, False]] and scores.finished.tolist() == [True, False]
     assert_close(scores.marker_logp[1], scores.marker_logp[0])
     assert_close(scores.answer_logp[1], scores.answer_logp[0])
     assert_close(scores.trace_logp[1, :2], scores.trace_logp[0, :2])
-    assert scores.trace_logp[0, 2] == scores.marker_logp[0] and scores.entropy[0, 2] > 0
+    assert_close(scores.trace_logp[0, 2], scores.marker_logp[0])
+    assert scores.entropy[0, 2] > 0
     assert scores.trace_logp[1, 2] == 0 and scores.entropy[1, 2] == 0
 
 
@@ -223,12 +229,27 @@ def test_a_forced_marker_gets_no_gradient_through_the_trace():
         assert bool(grad.any()) == trained
 
 
+def test_a_cut_token_is_an_action_but_no_context():
+    """Ended by eos: the answer is scored as if the trace had been cut there by length, and only the trace's own log-probs count eos."""
+    model = tiny()
+    scores = score(model, PROMPT, [CUT, CUT.ids], ANSWER, MARKER, entropy=True)
+    assert scores.trace_mask.tolist() == [[True] * 4, [True] * 3 + [False]] and scores.finished.tolist() == [False, False]
+    assert_close(scores.trace_logp[0, :3], scores.trace_logp[1, :3])
+    assert_close(scores.marker_logp[0], scores.marker_logp[1])
+    assert_close(scores.answer_logp[0], scores.answer_logp[1])
+    last = full_logits(model, [*PROMPT, *CUT.ids]).log_softmax(-1)[-1]
+    assert_close(scores.trace_logp[0, 3], last[EOS])
+    assert_close(scores.marker_logp[0], last[MARKER])
+    assert_close(scores.entropy[0, 3], -(last.exp() * last).sum())
+
+
 def test_traces_are_read_from_trace_objects_and_from_lists_alike():
     model = tiny()
-    lists = score(model, PROMPT, TRACES, ANSWER, MARKER, entropy=True)
-    objects = [Trace(list(ids), [0.0] * len(ids), finished=ids[-1:] == [MARKER]) for ids in TRACES]
+    traces = [trace for trace in TRACES if isinstance(trace, list)]
+    lists = score(model, PROMPT, traces, ANSWER, MARKER, entropy=True)
+    objects = [Trace(list(ids), [0.0] * len(ids), finished=ids[-1:] == [MARKER]) for ids in traces]
     assert_same_scores(score(model, PROMPT, objects, ANSWER, MARKER, entropy=True), lists)
-    assert [trace.ids for trace in objects] == TRACES  # and they are left as they were
+    assert [trace.ids for trace in objects] == traces  # and they are left as they were
 
 
 # ---------------------------------------------------------------------------------------------------------------- invariances
@@ -243,7 +264,7 @@ def test_neither_values_nor_gradients_depend_on_padding():
 
 
 def test_neither_values_nor_gradients_depend_on_the_order_of_traces():
-    model, f, order = tiny(), functional(), [4, 0, 5, 3, 1, 2]
+    model, f, order = tiny(), functional(), [4, 0, 5, 3, 6, 1, 2]
     straight = score(model, PROMPT, TRACES, ANSWER, MARKER, entropy=True)
     shuffled = score(model, PROMPT, [TRACES[i] for i in order], ANSWER, MARKER, entropy=True)
     assert_same_scores(shuffled, straight, [order.index(i) for i in range(len(TRACES))])
@@ -269,7 +290,7 @@ def test_backward_by_micro_batches_with_the_prompt_last_equals_one_backward(kind
     model.zero_grad()
     prompt = read_prompt(model, PROMPT)
     leaves = prompt.leaves()
-    for batch in micro_batches([len(trace) for trace in TRACES], size):
+    for batch in micro_batches([len(body_and_actions(trace)[0]) for trace in TRACES], size):
         f(score(model, leaves, [TRACES[i] for i in batch], ANSWER, MARKER, null=False), batch).backward()
     (f.null * score(model, leaves, [], ANSWER, MARKER).null_logp).sum().backward()
     prompt.backward(leaves)
@@ -282,7 +303,8 @@ def test_leaves_hold_the_prompts_values_and_keep_its_graph_out_of_a_branch():
     leaves = prompt.leaves()
     assert_same_scores(score(model, leaves, TRACES, ANSWER, MARKER), score(model, PROMPT, TRACES, ANSWER, MARKER))
     grad = gradients(model, functional()(score(model, leaves, TRACES, ANSWER, MARKER)))["embed_tokens.weight"]
-    only_in_prompt = sorted(set(PROMPT) - {token for trace in TRACES for token in trace} - set(ANSWER))
+    fed_to_branches = {MARKER, *ANSWER, *(token for trace in TRACES for token in body_and_actions(trace)[0])}
+    only_in_prompt = sorted(set(PROMPT) - fed_to_branches)
     assert only_in_prompt and not grad[only_in_prompt].any()
     assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves.tensors())
     prompt.backward(leaves)
@@ -315,8 +337,8 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
 
     monkeypatch.setattr(reward, "linear_logprob", counted)
     score(tiny(), PROMPT, [*TRACES, LONG], ANSWER, MARKER, null=False)
-    bodies = [len(trace) - (trace[-1:] == [MARKER]) for trace in [*TRACES, LONG]]
-    assert sum(rows) == sum(n + 1 + len(ANSWER) for n in bodies)
+    # every action, the marker once more (in whatever way the trace ended), and the answer
+    assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in [*TRACES, LONG])
 
 
 # ---------------------------------------------------------------------------------------------------------------- temperature, entropy
@@ -354,7 +376,7 @@ def test_the_forward_that_scores_is_the_forward_that_trains(size):
     trains = score(model, PROMPT, TRACES, ANSWER, MARKER, entropy=True, micro_traces=size)
     with torch.no_grad():
         scores = score(model, PROMPT, TRACES, ANSWER, MARKER, entropy=True, micro_traces=size)
-    for name in ("trace_logp", "trace_mask", "marker_logp", "answer_logp", "null_logp", "entropy"):
+    for name in ("trace_logp", "trace_mask", "finished", "marker_logp", "answer_logp", "null_logp", "entropy"):
         assert torch.equal(getattr(scores, name), getattr(trains, name)) and not getattr(scores, name).requires_grad
     for name in ("trace_logp", "marker_logp", "answer_logp", "null_logp"):
         assert getattr(trains, name).requires_grad
@@ -375,12 +397,8 @@ def test_log_probs_are_fp32_from_the_hidden_state_on(dtype, monkeypatch):
     monkeypatch.setattr(reward, "linear_logprob", recorded)
     scores = score(model, PROMPT, TRACES[:1], ANSWER, MARKER, null=False, entropy=True)  # one finished trace: rows in order, no padding
     (policy, entropy), (answer, _) = heads
-    fields = (
-        (scores.trace_logp[0], policy),
-        (scores.marker_logp, policy[-1:]),
-        (scores.answer_logp[0], answer),
-        (scores.entropy[0], entropy),
-    )
+    fields = [(scores.trace_logp[0], policy[:-1]), (scores.entropy[0], entropy[:-1])]  # the marker's row comes once more, last
+    fields += [(scores.marker_logp, policy[-1:]), (scores.answer_logp[0], answer)]
     for got, expected in fields:
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.detach().double(), expected, rtol=0, atol=2e-6)  # two roundings of a logit of 6
