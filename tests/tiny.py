@@ -1,0 +1,70 @@
+"""Tiny models and tokenizers for tests: built in a millisecond, with outputs far enough from uniform that mistakes show."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from model import Config, Transformer
+
+SIZES = {
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@torch.no_grad()
+def model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
+    """A random model of SIZES; `changes` are fields of Config."""
+    made = Transformer(Config(**{**SIZES, **changes})).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(0.5 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+    return made
+
+
+@torch.no_grad()
+def chain(logits: Tensor) -> Transformer:
+    """A Markov chain as a transformer: after token i the next token's logits are logits[i].  logits [V, V]
+
+    Attention and MLP add nothing; the embedding is one-hot, so that the head reads a row of the table.
+    """
+    vocab = len(logits)
+    width = vocab + vocab % 2
+    sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    made = model(dtype=torch.float64, **sizes, rms_norm_eps=1e-15)
+    for parameter in made.layers.parameters():
+        parameter.zero_()
+    made.norm.weight.fill_(width**-0.5)  # undoes the norm: a one-hot vector comes back as it went in
+    made.embed_tokens.weight.copy_(torch.eye(vocab, width))
+    made.lm_head.weight.zero_()
+    made.lm_head.weight[:, :vocab] = logits.double().T
+    return made
+
+
+def tokenizer_dir(
+    path: Path, words: Sequence[str] = ("a", "b", "c", "d"), special: Sequence[str] = ("<eos>",), eos: object = "<eos>", bos: str = ""
+) -> Path:
+    """A directory with a tokenizer of whole words, ids in the order special, words; decoded text has a space between words.
+
+    eos: what tokenizer_config.json says of it; None: there is no such file. bos: put in front of every text, as Llama's tokenizers do.
+    """
+    names = [*special, *words]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
+    if bos:
+        made.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, names.index(bos))])
+    path.mkdir(parents=True, exist_ok=True)
+    made.save(str(path / "tokenizer.json"))
+    if eos is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    return path
