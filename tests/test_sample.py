@@ -1,6 +1,7 @@
 """sample.py: what is drawn, with which probability, where it ends, what is recorded; and the held-out figures."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_a_batch_of_traces_equals_each_drawn_alone_from_the_whole_text(which, te
         for trace, uniforms in zip(group, uniform(seed, 3, 14), strict=True):
             assert_same(trace, slow_trace(model, prompt, uniforms, temperature, **ends))
     if temperature == 1.0 and which == "tiny":  # every kind of end is among them
-        traces = sum(groups, [])
+        traces = [trace for group in groups for trace in group]
         assert {trace.ids[-1] for trace in traces if trace.finished} == {0, 5}
         unfinished = [len(trace.ids) for trace in traces if not trace.finished]
         assert 14 in unfinished and min(unfinished) < 14
@@ -165,8 +166,8 @@ def test_the_same_seed_gives_the_same_traces_and_another_seed_others():
 
 
 def test_the_k_traces_of_a_prompt_differ_and_so_do_those_of_equal_prompts():
-    traces = sum(sample_traces(tiny.model(3), [[1, 2]] * 3, 4, 12, seed=5), [])
-    assert len({tuple(trace.ids) for trace in traces}) == 12
+    groups = sample_traces(tiny.model(3), [[1, 2]] * 3, 4, 12, seed=5)
+    assert len({tuple(trace.ids) for group in groups for trace in group}) == 12
 
 
 def test_one_seed_for_all_gives_every_prompt_its_own_stream():
@@ -186,7 +187,7 @@ def line(*tokens: int, vocab: int = 8) -> Transformer:
     """A model that says tokens[1] after tokens[0], tokens[2] after tokens[1] and so on."""
     logits = torch.full((vocab, vocab), float("-inf"), dtype=torch.float64)
     logits[:, tokens[-1]] = 0.0
-    for now, then in zip(tokens, tokens[1:], strict=False):
+    for now, then in pairwise(tokens):
         logits[now] = float("-inf")
         logits[now, then] = 0.0
     return tiny.chain(logits.clamp(min=-1e4))
@@ -228,8 +229,16 @@ def test_the_length_limit_cuts_unless_the_last_token_stops(length):
 
 
 def test_without_end_tokens_every_trace_is_as_long_as_allowed():
-    traces = sum(sample_traces(tiny.model(3), PROMPTS, 2, 9), [])
-    assert all(len(trace.ids) == len(trace.logp) == 9 and not trace.finished for trace in traces)
+    traces = [trace for group in sample_traces(tiny.model(3), PROMPTS, 2, 9) for trace in group]
+    assert len(traces) == 8 and all(len(trace.ids) == len(trace.logp) == 9 and not trace.finished for trace in traces)
+
+
+def test_decoding_ends_when_the_last_row_has_ended():
+    model, calls = line(1, 2, 3, 4, 5), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    groups = sample_traces(model, [[3], [1], [2]], 1, 50, stop_ids=[4])
+    assert [len(group[0].ids) for group in groups] == [1, 3, 2]
+    assert len(calls) == 3  # the prompts, and the longest trace's tokens but the last
 
 
 def test_end_tokens_the_model_has_no_row_for_are_no_matter():
@@ -326,7 +335,8 @@ def test_a_right_answer_ends_and_is_no_longer_than_the_gold_one_whatever_stands_
     says_more = line(8, 9, 2, 3, 1, vocab=10)  # f: m, then <eot> a <eos>: its text is "a", in three tokens for two
     goes_on = line(8, 9, 3, 3, vocab=10)  # f: m, then a a a ...
     says_it = line(8, 9, 3, 1, vocab=10)  # f: m, then a <eos>
-    for model, right in ((says_more, 0.0), (goes_on, 0.0), (says_it, 1.0)):
+    ends_otherwise = line(8, 9, 3, 2, vocab=10)  # f: m, then a <eot> <eot> ...: a special token, but no eos
+    for model, right in ((says_more, 0.0), (goes_on, 0.0), (ends_otherwise, 0.0), (says_it, 1.0)):
         for beside in ([], [long]):
             figures = evaluate(model, tokenizer, [short, *beside], 4)
             assert figures["eval_accuracy"] == figures["eval_accuracy_null"] == right / (1 + len(beside))
@@ -339,19 +349,25 @@ def command(monkeypatch, capsys, *flags: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_shows_trace_and_answer_and_what_thinking_does_to_the_gold_one(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("question, ends", [("f", "by the marker"), ("c", "at the limit"), ("c a b", "by a cut token")])
+def test_the_command_shows_trace_and_answer_and_what_thinking_does_to_the_gold_one(question, ends, tmp_path, monkeypatch, capsys):
     model, tokenizer = tiny.model(9), letters(tmp_path)
     save_model(model.float(), tmp_path)
     tokenizer.save(tmp_path)
-    output = command(monkeypatch, capsys, "--model", str(tmp_path), "--question", " b c ", "--gold", "a b", "--max-trace", "6")
-    prompt = tokenizer.encode_prompt("b c")
+    flags = ["--question", f" {question} ", "--gold", "a b", "--max-trace", "6", "--max-answer", "20"]
+    trace_shown, answer_shown, gold_shown, gain_shown = command(monkeypatch, capsys, "--model", str(tmp_path), *flags).splitlines()
+    prompt = tokenizer.encode_prompt(question)
     trace = slow_trace(model, prompt, torch.zeros(6), 0.0, [9], tokenizer.cut_ids)
-    answer = slow_trace(model, [*prompt, *trace_ids(trace, 9)], torch.zeros(512), 0.0, tokenizer.eos_ids)
-    shown = dict(row.split(None, 1) for row in output.splitlines()[:3])
-    assert shown["trace"] == (tokenizer.decode(trace.ids, special=True) + " [cut: the marker was forced]" * (not trace.finished)).strip()
-    assert shown["answer"].strip() == tokenizer.decode(answer.ids)
-    figures, _ = slow_figures(model, tokenizer, [example(tokenizer, "b c", "a b")], 6)
-    assert f"gain {figures['eval_gain']:+.2f} nats" in output and shown["gold"].startswith("a (") and "<eos>" in shown["gold"]
+    assert (trace.finished, len(trace.ids) == 6) == {"by the marker": (True, False), "at the limit": (False, True)}.get(
+        ends, (False, False)
+    )
+    answer = slow_trace(model, [*prompt, *trace_ids(trace, 9)], torch.zeros(20), 0.0, tokenizer.eos_ids)
+    cut = "" if trace.finished else " [cut: the marker was forced]"
+    assert trace_shown == f"trace   {tokenizer.decode(trace.ids, special=True)}{cut}"
+    assert answer_shown == f"answer  {tokenizer.decode(answer.ids)}"
+    figures, _ = slow_figures(model, tokenizer, [example(tokenizer, question, "a b")], 6)
+    assert gold_shown.startswith("gold    a (") and "<eos> (" in gold_shown
+    assert gain_shown.endswith(f"gain {figures['eval_gain']:+.2f} nats")
 
 
 def test_the_command_scores_a_data_set(tmp_path, monkeypatch, capsys):
