@@ -32,11 +32,7 @@ def shown(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, special=True)
 
 
-<<<<<<< HEAD
-def assert_refused(refused: str, *names: str):
-=======
 def assert_refused(refused: str, *names: str) -> None:
->>>>>>> tests-a
     assert "\n" not in refused
     for name in names:
         assert name in refused
@@ -63,11 +59,7 @@ def test_messages_with_one_turn_equal_the_pair(tmp_path):
 
 @every_kind
 def test_the_last_assistant_turn_is_the_gold_answer_and_what_stands_before_it_the_prompt(kind, tmp_path):
-<<<<<<< HEAD
-    bos, eos = KINDS[kind]
-=======
     eos = KINDS[kind][1]
->>>>>>> tests-a
     tokenizer = Tokenizer(GOLDEN / kind)
     turns = [
         ("system", "Be brief."),
@@ -200,8 +192,6 @@ def test_an_eos_that_is_an_ordinary_word_cuts_a_trace_too(tmp_path):
     assert Tokenizer(tiny.tokenizer_dir(tmp_path, special=("<unk>",), eos="d")).cut_ids == [0, 4]
 
 
-<<<<<<< HEAD
-=======
 def test_an_added_token_that_is_not_special_cuts_nothing(tmp_path):
     tiny.tokenizer_dir(tmp_path)
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -210,7 +200,6 @@ def test_an_added_token_that_is_not_special_cuts_nothing(tmp_path):
     assert made.token_to_id("<thought>") == 5 and Tokenizer(tmp_path).cut_ids == [0]
 
 
->>>>>>> tests-a
 @every_kind
 def test_cut_tokens_of_the_golden_tokenizers(kind):
     tokenizer = Tokenizer(GOLDEN / kind)
@@ -363,12 +352,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
         row_at(position, 17, seed=4)
         row_at(position, 19, seed=3)
         assert row_at(position, 17, seed=3) == stream[position]
-<<<<<<< HEAD
-    expected = [np.random.default_rng([3, epoch]).permutation(17).tolist() for epoch in range(5)]
-    assert stream == sum(expected, [])
-=======
     assert stream == [row for epoch in range(5) for row in np.random.default_rng([3, epoch]).permutation(17)]
->>>>>>> tests-a
 
 
 def test_epochs_and_seeds_differ_from_each_other():
@@ -412,17 +396,11 @@ def test_rows_that_do_not_fit_are_skipped_and_counted():
 
 def test_rows_of_which_none_fits_are_refused():
     for position in (0, 3):
-<<<<<<< HEAD
-        with pytest.raises(InputError) as refusal:
-            next_examples(Rows(5), position, 2, seed=0, fits=lambda example: False)
-        assert_refused(str(refusal.value), "rows.jsonl", "5 rows", "--max-prompt")
-=======
         seen = []
         with pytest.raises(InputError) as refusal:
             next_examples(Rows(5), position, 2, seed=0, fits=lambda example, seen=seen: seen.append(example.index))
         assert_refused(str(refusal.value), "rows.jsonl", "5 rows", "--max-prompt")
         assert set(seen) == set(range(5)) and len(seen) <= 10  # every row, and then no further
->>>>>>> tests-a
 
 
 def test_one_row_that_fits_is_found_wherever_the_stream_stands():

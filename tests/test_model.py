@@ -485,11 +485,7 @@ def test_a_truncated_file_is_refused_by_name(keep, tmp_path):
 def test_a_missing_shard_is_refused_by_name(tmp_path):
     shutil.copytree(GOLDEN / "sharded", tmp_path, dirs_exist_ok=True)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-<<<<<<< HEAD
-    assert_refused(tmp_path, str(tmp_path / "model-00002-of-00003.safetensors"))
-=======
     assert_refused(tmp_path, str(tmp_path / "model-00002-of-00003.safetensors"), "no such file")
->>>>>>> tests-a
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}', '{"weight_map": {"lm_head.weight": 3}}'])
