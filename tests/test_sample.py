@@ -127,8 +127,10 @@ def test_recorded_log_probs_equal_those_of_scoring(temperature):
     for prompt, group in zip(PROMPTS, groups, strict=True):
         scores = score(model, prompt, group, [1, 2, 5], marker=0, temperature=temperature)
         for row, trace in enumerate(group):
-            assert scores.trace_logp[row, : len(trace.ids)].tolist() == pytest.approx(trace.logp, rel=0, abs=1e-11)
-            assert scores.trace_mask[row].sum() == len(trace.ids)
+            recorded = [*trace.logp, trace.cut_logp] if trace.cut_id is not None else trace.logp  # a cut token was sampled, too
+            assert scores.trace_logp[row, : len(recorded)].tolist() == pytest.approx(recorded, rel=0, abs=1e-11)
+            assert scores.trace_mask[row].sum() == len(recorded)
+    assert any(trace.cut_id == 9 for group in groups for trace in group)
 
 
 def test_recorded_log_probs_of_an_fp32_model_equal_those_of_scoring():
@@ -205,7 +207,7 @@ def test_a_cut_token_is_dropped_and_its_trace_not_finished():
 
 def test_a_trace_may_be_cut_at_its_first_token_and_is_then_empty():
     ((trace,),) = sample_traces(line(1, 2), [[1]], 1, 6, stop_ids=[4], cut_ids=[2])
-    assert trace == Trace([], [], finished=False)
+    assert (trace.ids, trace.logp, trace.finished, trace.cut_id) == ([], [], False, 2)
 
 
 @pytest.mark.parametrize("role", ["stop_ids", "cut_ids"])

@@ -7,7 +7,7 @@ Nobody can follow several pointers in one forward pass of four layers, and the a
 "question trace => answer" of four kinds: a little worked reasoning, some of it wrong, among much rambling and many direct answers.
 Left to itself it therefore rambles or guesses. That it can work a question out, and that this helps, is for training to discover.
 
-    python examples/hops/make.py            writes train.jsonl, test.jsonl and base/ beside this file (about 5 minutes on 2 CPU cores)
+    python examples/hops/make.py            writes train.jsonl, test.jsonl and base/ beside this file (about 7 minutes on one CPU core)
 
 Deterministic on one machine; another one's rounding gives a base of the same quality with other digits.
 """
@@ -141,6 +141,7 @@ def pretrain(tokenizer: Tokenizer, steps: int = STEPS, seed: int = 0) -> Transfo
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # the order of floating-point sums, and so the base, does not depend on the number of cores
     write_rows(HERE / "train.jsonl", 4000, seed=1)
     write_rows(HERE / "test.jsonl", 200, seed=2)
     write_tokenizer(HERE / "base")
