@@ -84,15 +84,18 @@ def score(
     values do not depend on it.
     """
     prompt = prompt if isinstance(prompt, ReadPrompt) else read_prompt(model, prompt)
-    branches = [make_branch(trace, marker) for trace in traces] + [Branch([], [], finished=False)] * null
+    branches = [make_branch(trace, marker) for trace in traces] + [Branch((), (), finished=False)] * null
     width = max(1, *(len(branch.actions) for branch in branches))  # Z
 
-    order, parts = [], []
-    for batch in micro_batches([len(branch.body) for branch in branches], micro_traces):
-        order += batch
-        parts.append(score_branches(model, prompt, [branches[i] for i in batch], list(answer), marker, temperature, entropy, width))
-    back = torch.tensor(order).argsort()
-    trace_logp, marker_logp, answer_logp, entropies = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+    # Equal traces are scored once: late in training most of a group are, and two roundings of one number must not look like a difference.
+    distinct = list(dict.fromkeys(branches))
+    scored, parts = [], []
+    for batch in micro_batches([len(branch.body) for branch in distinct], micro_traces):
+        scored += [distinct[i] for i in batch]
+        parts.append(score_branches(model, prompt, scored[-len(batch) :], answer, marker, temperature, entropy, width))
+    row = {branch: i for i, branch in enumerate(scored)}
+    rows = torch.tensor([row[branch] for branch in branches], device=prompt.hidden.device)
+    trace_logp, marker_logp, answer_logp, entropies = (torch.cat(part)[rows] for part in zip(*parts, strict=True))
 
     count, device = len(traces), answer_logp.device
     actions = torch.tensor([len(branch.actions) for branch in branches[:count]], dtype=torch.long, device=device)
@@ -107,27 +110,27 @@ def score(
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Branch:
     """A trace as scoring sees it."""
 
-    body: list[int]  # what stands between prompt and marker, n_k tokens
-    actions: list[int]  # what was sampled: the body, and the token that ended it (the marker, a cut token, or none at the length limit)
+    body: tuple[int, ...]  # what stands between prompt and marker, n_k tokens
+    actions: tuple[int, ...]  # what was sampled: the body, and what ended it (the marker, a cut token, nothing at the length limit)
     finished: bool
 
 
 def make_branch(trace: object, marker: int) -> Branch:
-    ids, cut_id = list(getattr(trace, "ids", trace)), getattr(trace, "cut_id", None)
-    if ids[-1:] == [marker]:
+    ids, cut_id = tuple(getattr(trace, "ids", trace)), getattr(trace, "cut_id", None)
+    if ids[-1:] == (marker,):
         return Branch(ids[:-1], ids, finished=True)
-    return Branch(ids, ids if cut_id is None else [*ids, cut_id], finished=False)
+    return Branch(ids, ids if cut_id is None else (*ids, cut_id), finished=False)
 
 
 def score_branches(
     model: Transformer,
     prompt: ReadPrompt,
     branches: list[Branch],
-    answer: list[int],
+    answer: Sequence[int],
     marker: int,
     temperature: float,
     entropy: bool,

@@ -338,7 +338,8 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
     monkeypatch.setattr(reward, "linear_logprob", counted)
     score(tiny(), PROMPT, [*TRACES, LONG], ANSWER, MARKER, null=False)
     # every action, the marker once more (in whatever way the trace ended), and the answer
-    assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in [*TRACES, LONG])
+    distinct = {repr(body_and_actions(trace)): trace for trace in [*TRACES, LONG]}.values()  # equal traces are scored once
+    assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in distinct)
 
 
 # ---------------------------------------------------------------------------------------------------------------- temperature, entropy
@@ -411,3 +412,19 @@ def test_a_group_scored_by_an_fp32_or_bf16_model_has_fp32_log_probs(dtype):
     assert [field.dtype for field in fields] == [torch.float32] * 5 and all(field.isfinite().all() for field in fields)
     # rounded to bf16 on the way, every one of them would be a bf16 number
     assert all(not torch.equal(field, field.bfloat16().float()) for field in fields)
+
+
+def test_equal_traces_get_equal_scores_to_the_bit_and_their_gradients_add_up():
+    """However they fall into micro-batches: two roundings of one number would pass for a difference between traces."""
+    model = tiny(dtype=torch.bfloat16)
+    traces = [TRACES[0], LONG, TRACES[0], TRACES[1], TRACES[0]]
+    with torch.no_grad():
+        scores = score(model, PROMPT, traces, ANSWER, MARKER, micro_traces=2)
+    assert torch.equal(scores.answer_logp[0], scores.answer_logp[2]) and torch.equal(scores.answer_logp[0], scores.answer_logp[4])
+    model = tiny()
+    score(model, PROMPT, traces, ANSWER, MARKER).answer_logp.sum().backward()
+    together = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    for trace in traces:
+        score(model, PROMPT, [trace], ANSWER, MARKER).answer_logp.sum().backward()
+    torch.testing.assert_close(together, model.lm_head.weight.grad, rtol=1e-10, atol=1e-12)
