@@ -49,7 +49,7 @@ class Config:
     stages: int
     warps: int
     group: int = 8
-    tma: bool = False  # tiles fetched by the bulk copy engine; needs 16-byte aligned rows
+    tma: bool = False  # tiles fetched by the bulk copy engine
     flatten: bool = False  # one loop over (tile, step): the next tile's loads start under this tile's epilogue
     specialize: bool = False  # separate warps for loading and for computing (sm_90; 4 warps, no flatten, or Triton ignores it)
 
@@ -79,30 +79,25 @@ def _operand(ptr, rows, columns, BR: tl.constexpr, BK: tl.constexpr, TMA: tl.con
 
 
 @triton.jit
-def _load(source, row, k, rows, columns, BR: tl.constexpr, BK: tl.constexpr, EVEN_H: tl.constexpr, TMA: tl.constexpr):
-    """[BR, BK] from (row, k); beyond the last column zeros, beyond the last row anything (those results are never stored)."""
+def _load(source, row, k, rows, columns, BR: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """[BR, BK] from (row, k); beyond the last row anything will do, those results are never stored."""
     if TMA:
         return source.load([row, k])
     else:
         r = tl.minimum(row + tl.arange(0, BR), rows - 1).to(tl.int64)
-        c = k + tl.arange(0, BK)
-        at = source + r[:, None] * columns + c[None, :]
-        if EVEN_H:
-            return tl.load(at)
-        else:
-            return tl.load(at, mask=c[None, :] < columns, other=0.0)
+        return tl.load(source + r[:, None] * columns + (k + tl.arange(0, BK))[None, :])
 
 
 @triton.jit
 def _logits_tile(
     x, w, row, col, n, vocab, hidden_size,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_H: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """x[row : row + BM] w[col : col + BN]^T in fp32 [BM, BN], before the temperature."""
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, hidden_size, BK):
-        a = _load(x, row, k, n, hidden_size, BM, BK, EVEN_H, TMA)
-        b = _load(w, col, k, vocab, hidden_size, BN, BK, EVEN_H, TMA)
+        a = _load(x, row, k, n, hidden_size, BM, BK, TMA)
+        b = _load(w, col, k, vocab, hidden_size, BN, BK, TMA)
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -110,13 +105,13 @@ def _logits_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "vocab"])  # ragged batches must not compile anew
 def _partials_kernel(
     x_ptr, w_ptr, y_ptr,  # [n, H], [V, H], [n]
     m_ptr, s_ptr, t_ptr, target_ptr, e_ptr,  # [C, n], [C, n], [C, n] if ENTROPY, [n], [n, e_stride] if KEEP_EXP
-    n, vocab, hidden_size, e_stride, scale,  # scale = log2(e) / temperature
+    n, vocab, hidden_size, e_stride, scale,  # H is a multiple of BK; scale = log2(e) / temperature
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    EVEN_V: tl.constexpr, EVEN_H: tl.constexpr, ENTROPY: tl.constexpr, KEEP_EXP: tl.constexpr,
+    EVEN_V: tl.constexpr, ENTROPY: tl.constexpr, KEEP_EXP: tl.constexpr,
     TMA: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     x = _operand(x_ptr, n, hidden_size, BM, BK, TMA)
@@ -125,9 +120,11 @@ def _partials_kernel(
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE):
         row, c = _tile_corner(tile, n, vocab, BM, BN, GROUP)
         col = c * BN
-        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, EVEN_H, TMA, UPCAST)
+        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA, UPCAST)
         rows = row + tl.arange(0, BM)
         columns = col + tl.arange(0, BN)
+        if not EVEN_V:
+            acc = tl.where(columns[None, :] < vocab, acc, NOTHING)
         is_row = rows < n
         y = tl.load(y_ptr + rows, mask=is_row, other=-1)
 
@@ -136,8 +133,6 @@ def _partials_kernel(
         target_logit = tl.sum(tl.where(is_target, acc, 0.0), 1)
         tl.store(target_ptr + rows, target_logit, mask=is_row & (y >= col) & (y < col + BN))
 
-        if not EVEN_V:
-            acc = tl.where(columns[None, :] < vocab, acc, NOTHING)
         m = tl.max(acc, 1)  # of raw logits: nothing is rounded before the difference is taken
         d = (acc - m[:, None]) * scale
         e = tl.exp2(d)
@@ -151,14 +146,14 @@ def _partials_kernel(
             tl.store(to, e.to(e_ptr.dtype.element_ty), mask=is_row[:, None])  # the buffer is padded to whole tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "vocab"])  # ragged batches must not compile anew
 def _dz_kernel(
     x_ptr, w_ptr, y_ptr,  # [n, H], [c, H], [n] column of the target in this chunk, or outside [0, c)
     max_ptr, g_ptr, a_ptr, b_ptr,  # [n] each, see dz_chunk; the last one if ENTROPY
     dz_ptr,  # [n, dz_stride], padded to whole tiles: no column has to be masked
     n, vocab, hidden_size, dz_stride, scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    EVEN_H: tl.constexpr, ENTROPY: tl.constexpr,
+    ENTROPY: tl.constexpr,
     TMA: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     x = _operand(x_ptr, n, hidden_size, BM, BK, TMA)
@@ -167,7 +162,7 @@ def _dz_kernel(
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE):
         row, c = _tile_corner(tile, n, vocab, BM, BN, GROUP)
         col = c * BN
-        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, EVEN_H, TMA, UPCAST)
+        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA, UPCAST)
         rows = row + tl.arange(0, BM)
         columns = col + tl.arange(0, BN)
         is_row = rows < n
@@ -186,7 +181,7 @@ def _dz_kernel(
         tl.store(to, dz.to(dz_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "vocab"])  # ragged batches must not compile anew
 def _finish_rows_kernel(
     e_ptr, factor_ptr, y_ptr, g_ptr,  # [n, e_stride], [C, n], [n], [n]
     n, vocab, e_stride,
@@ -218,13 +213,13 @@ FP32 = Config(64, 128, 32, stages=3, warps=8)  # no tensor cores: multiply-adds 
 INTERPRETER = Config(64, 256, 64, stages=1, warps=4, group=2)
 
 
-def pick_config(capability: tuple[int, int] | None, dtype: torch.dtype, n: int, aligned: bool) -> Config:
-    """capability: of the GPU, None in the interpreter. aligned: rows of hidden and weight start at multiples of 16 bytes."""
+def pick_config(capability: tuple[int, int] | None, dtype: torch.dtype, n: int) -> Config:
+    """For n rows on a GPU of this capability (None: the interpreter)."""
     if capability is None:
         return INTERPRETER
     if dtype == torch.float32:
         return FP32
-    if capability[0] == 9 and aligned:
+    if capability[0] == 9:
         return HOPPER if n > 64 else HOPPER_FEW_ROWS
     if capability[0] == 8:
         return AMPERE if n > 64 else AMPERE_FEW_ROWS
@@ -257,7 +252,7 @@ def dz_rows(x: Tensor, weight: Tensor, y: Tensor, g: Tensor, temperature: float)
     if len(x):
         with torch.cuda.device_of(x):
             grid = (len(x), triton.cdiv(len(factor), 8))
-            _finish_rows_kernel[grid](e, factor, y, g, len(x), len(weight), e.stride(0), BN=bn, TILES=8, num_warps=8)
+            _finish_rows_kernel[grid](e, factor, y.contiguous(), g, len(x), len(weight), e.stride(0), BN=bn, TILES=8, num_warps=8)
     return logp, e[:, : len(weight)]
 
 
@@ -267,7 +262,7 @@ def dz_chunk(x, w, y, row_max, log_sum, entropy, g, h, temperature) -> Tensor:
     With d = (logit - row_max) log2(e) / temperature, so that log p = d ln 2 - log_sum, the formula of the math becomes
     dz = 1[target] g' + exp2(d) (a + b d), each of g', a, b one number per row:
     """
-    config = _config(x, w)
+    config = _config(x)
     g = g / temperature
     scale = -(-log_sum).exp()  # -1 / sum_j exp(z_j - max)
     a, b = scale * g, None
@@ -280,7 +275,8 @@ def dz_chunk(x, w, y, row_max, log_sum, entropy, g, h, temperature) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, y: Tensor, temperature: float, want_entropy: bool, keep_exp: bool):
-    config = _config(x, weight)
+    config = _config(x)
+    y = y.contiguous()
     n, tiles = len(x), triton.cdiv(len(weight), config.bn)
     m, s, t = (torch.empty(tiles, n, dtype=torch.float32, device=x.device) if want else None for want in (True, True, want_entropy))
     target_logit = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -301,24 +297,32 @@ def _dz_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if _interpreted_bf16(x) else x.dtype
 
 
-def _config(x: Tensor, w: Tensor) -> Config:
+def _config(x: Tensor) -> Config:
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    aligned = all(a.data_ptr() % 16 == 0 and a.shape[1] * a.element_size() % 16 == 0 for a in (x, w))
-    return pick_config(capability, x.dtype, len(x), aligned)
+    return pick_config(capability, x.dtype, len(x))
+
+
+def _loadable(matrix: Tensor, bk: int) -> Tensor:
+    """What the kernels can load in whole aligned steps: the matrix itself for every model we know, else a copy padded with zeros."""
+    matrix = matrix.contiguous()
+    if matrix.shape[1] % bk == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % bk)).clone(memory_format=torch.contiguous_format)
 
 
 def _launch(kernel, config: Config, x: Tensor, w: Tensor, *tensors: Tensor | None, stride: int, temperature: float, **flags: bool) -> None:
-    n, vocab, hidden_size = len(x), len(w), x.shape[1]
+    n, vocab = len(x), len(w)
     if n == 0:
         return
+    x, w = _loadable(x, config.bk), _loadable(w, config.bk)
     tiles = triton.cdiv(n, config.bm) * triton.cdiv(vocab, config.bn)
     # 3 in the interpreter: fewer than the tiles of any test worth the name, so that the persistent walk is tested too
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernel[(min(tiles, programs),)](
-            x.contiguous(), w.contiguous(), *tensors, n, vocab, hidden_size, stride, LOG2E / temperature,
-            BM=config.bm, BN=config.bn, BK=config.bk, GROUP=config.group, PROGRAMS=programs, EVEN_H=hidden_size % config.bk == 0,
+            x, w, *tensors, n, vocab, x.shape[1], stride, LOG2E / temperature,
+            BM=config.bm, BN=config.bn, BK=config.bk, GROUP=config.group, PROGRAMS=programs,
             TMA=config.tma, FLATTEN=config.flatten, SPECIALIZE=config.specialize, UPCAST=_interpreted_bf16(x),
             num_warps=config.warps, num_stages=config.stages, **flags,
         )  # fmt: skip
