@@ -266,7 +266,7 @@ class Plain:
 
     # How many logits a chunk may hold. On a CPU the chunk that stays near the caches is also the fastest; a GPU wants large ones.
     LOGITS, GPU_LOGITS = 1 << 22, 1 << 26
-    ROW_LOGITS, GPU_ROW_LOGITS = 1 << 24, 1 << 28  # whole rows, for dz_rows: more rows a chunk = fewer passes over d weight
+    ROW_LOGITS, GPU_ROW_LOGITS = 1 << 24, 1 << 27  # whole rows, for dz_rows: more rows a chunk = fewer passes over d weight
 
     @classmethod
     def chunk_columns(cls, x: Tensor) -> int:
