@@ -126,7 +126,8 @@ class Problem:
         r = torch.Generator(DEVICE).manual_seed(0)
         dtype = torch.bfloat16 if CUDA else torch.float32
         self.hidden = torch.randn(n, h, generator=r, device=DEVICE, dtype=dtype).requires_grad_()
-        self.weight = (torch.randn(v, h, generator=r, device=DEVICE, dtype=dtype) / h**0.5).requires_grad_()
+        # in place: a temporary of this size would raise the peak that memory is measured from
+        self.weight = torch.randn(v, h, generator=r, device=DEVICE, dtype=dtype).div_(h**0.5).requires_grad_()
         self.target = torch.randint(v, (n,), generator=r, device=DEVICE)
         self.g = torch.randn(n, generator=r, device=DEVICE) * (torch.rand(n, generator=r, device=DEVICE) >= zero)
         self.temperature = temperature
@@ -364,6 +365,7 @@ def main() -> None:
     shapes = GPU_SHAPES[: 1 if args.quick or args.variants else None] if CUDA else CPU_QUICK if args.quick else CPU_SHAPES
     if args.variants and not (CUDA and torch.cuda.get_device_capability()[0] == 9):
         sys.exit("error: --variants needs a Hopper GPU (compute capability 9.0)")
+    load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     rows = []
     for i, shape in enumerate(shapes):
         print(f"N, H, V = {shape}", file=sys.stderr, flush=True)
@@ -377,9 +379,11 @@ def main() -> None:
     )  # fmt: skip
     if not CUDA:
         result["bars"] = bars(rows)
+        result["load_average"] = [round(load, 1) for load in load]  # above zero: somebody else was computing too
+    threads = "" if CUDA else f"-{result['threads']}-threads"
     kind = "-quick" if args.quick else "-variants" if args.variants else ""
     name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = ROOT / "bench" / "results" / f"logprob-{name}-{result['date']}{kind}.json"
+    path = ROOT / "bench" / "results" / f"logprob-{name}-{result['date']}{threads}{kind}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 

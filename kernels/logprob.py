@@ -265,7 +265,7 @@ class Plain:
     """The work on one chunk in PyTorch operations, in place wherever that saves a [rows, columns] buffer."""
 
     # How many logits a chunk may hold. On a CPU the chunk that stays near the caches is also the fastest; a GPU wants large ones.
-    LOGITS, GPU_LOGITS = 1 << 22, 1 << 26
+    LOGITS, GPU_LOGITS = 1 << 23, 1 << 26
     ROW_LOGITS, GPU_ROW_LOGITS = 1 << 24, 1 << 27  # whole rows, for dz_rows: more rows a chunk = fewer passes over d weight
 
     @classmethod
@@ -282,8 +282,12 @@ class Plain:
         columns = cls.chunk_columns(x)
         target_logit = torch.zeros(len(x), dtype=_wide(x), device=x.device)
         ms, ss, ts = [], [], []
+        # Buffers for all chunks: allocated one by one, between the small results, they fragmented the heap to many times their size.
+        buffers = [torch.empty(len(x) * min(columns, len(weight)), dtype=_wide(x), device=x.device) for _ in range(1 + want_entropy)]
         for v in range(0, len(weight), columns):
-            z = _logits(x, weight[v : v + columns])  # [n, c]
+            w = weight[v : v + columns]
+            z, *e = (b[: len(x) * len(w)].view(len(x), len(w)) for b in buffers)  # [n, c]
+            _logits(x, w, out=z)
             here = (y >= v) & (y < v + z.shape[1])
             at_target = z.gather(1, (y - v).clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
             target_logit = torch.where(here, at_target, target_logit)
@@ -291,7 +295,7 @@ class Plain:
             z.sub_(ms[-1][:, None])
             if temperature != 1:
                 z.div_(temperature)
-            e = z.exp() if want_entropy else z.exp_()
+            e = torch.exp(z, out=e[0] if want_entropy else z)
             ss.append(e.sum(1))
             if want_entropy:
                 ts.append(z.mul_(e).sum(1))
@@ -339,11 +343,11 @@ def _tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2
 
 
-def _logits(x: Tensor, w: Tensor) -> Tensor:
+def _logits(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x [n, H], w [c, H] -> x w^T [n, c] in fp32 or fp64."""
     if _tensor_cores(x):
-        return torch.mm(x, w.T, out_dtype=torch.float32)
-    return torch.mm(x.to(_wide(x)), w.to(_wide(x)).T)
+        return torch.mm(x, w.T, out_dtype=torch.float32, out=out)
+    return torch.mm(x.to(_wide(x)), w.to(_wide(x)).T, out=out)
 
 
 def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
