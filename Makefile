@@ -26,10 +26,13 @@ figure: .venv/ready
 	touch $@
 
 # Triton: a CUDA build of torch has brought its own; elsewhere the tests run the kernels through its interpreter and compiler.
+# Triton 3.6.0 beside it: the kernels are compiled on the version that ships with torch 2.11, too.
 .venv/ready-to-test: .venv/ready requirements-test.txt
 	$(BIN)/pip install --quiet -r requirements-test.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet triton==3.9.0
+	rm -rf .triton-3.6.0
+	$(BIN)/pip install --quiet --no-deps --target .triton-3.6.0 triton==3.6.0
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .triton-3.6.0 runs

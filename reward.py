@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.logprob import linear_logprob
+from kernels.logprob import linear_logprob, linear_logprob_loss
 from model import Prefix, Transformer
 
 
@@ -137,28 +137,65 @@ def score_branches(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One forward over B branches -> log-probs of actions [B, Z], marker [B] and answer [B, T], and the actions' entropies [B, Z]."""
+    hidden, (policy_at, policy_tokens), (gold_at, gold_tokens) = read_branches(model, prompt, branches, answer, marker)
+    head, count = model.lm_head.weight, len(policy_tokens) - len(branches)
+    policy = linear_logprob(hidden[policy_at], head, policy_tokens, temperature, entropy)
+    logp, entropies = policy if entropy else (policy, policy)  # unasked for, entropies are a stand-in that nobody reads
+    answer_logp = linear_logprob(hidden[gold_at], head, gold_tokens)
+
+    def spread(flat: Tensor) -> Tensor:
+        """Values of the actions -> [B, Z], 0 beyond a trace."""
+        row, place = (at[:count] for at in policy_at)
+        return flat.new_zeros(len(branches), width).index_put((row, place), flat[:count])
+
+    return spread(logp), logp[count:], answer_logp.view(len(branches), len(answer)), spread(entropies.detach())
+
+
+def branch_loss(
+    model: Transformer,
+    prompt: ReadPrompt,
+    traces: Sequence,
+    answer: Sequence[int],
+    marker: int,
+    trace_weight: Tensor,
+    marker_weight: Tensor,
+    answer_weight: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """- sum of weight * log-prob over the tokens of m traces, for weights known before the pass: the training loss of a micro-batch.
+
+    trace_weight [m, Z], marker_weight [m], answer_weight [m, T], constants. The same number as from `score`, but the head computes its
+    gradient together with the loss, in three matrix products instead of four.
+    """
+    branches = [make_branch(trace, marker) for trace in traces]
+    hidden, (policy_at, policy_tokens), (gold_at, gold_tokens) = read_branches(model, prompt, branches, answer, marker)
+    row, place = (at[: -len(branches)] for at in policy_at)
+    policy_weight = torch.cat([trace_weight[row, place], marker_weight])
+    policy_loss, _ = linear_logprob_loss(hidden[policy_at], model.lm_head.weight, policy_tokens, policy_weight, temperature)
+    answer_loss, _ = linear_logprob_loss(hidden[gold_at], model.lm_head.weight, gold_tokens, answer_weight.flatten())
+    return policy_loss + answer_loss
+
+
+def read_branches(
+    model: Transformer, prompt: ReadPrompt, branches: list[Branch], answer: Sequence[int], marker: int
+) -> tuple[Tensor, tuple, tuple]:
+    """One forward over B branches -> hidden [B, L+1, H], whose place j predicts what comes after j tokens of a branch, and twice
+    (places as an index (row [N], place [N]), tokens [N] they should predict): every action, then the B markers; and the answers."""
     device = prompt.hidden.device
     fed = [[*branch.body, marker, *answer[:-1]] for branch in branches]  # n_k + T tokens each
     length = max(len(tokens) for tokens in fed)
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in fed], device=device)  # [B, L]
     first = prompt.hidden.expand(len(branches), 1, -1)  # the prompt's last state predicts every branch's first token
-    hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]: place j predicts what comes after j branch tokens
+    hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
 
-    places = [(b, j, token) for b, branch in enumerate(branches) for j, token in enumerate(branch.actions)]
-    places += [(b, len(branch.body), marker) for b, branch in enumerate(branches)]
-    where = torch.tensor(places).T.to(device)  # [3, N + B]: rows, places and target tokens; padding is in none of them
-    policy = linear_logprob(hidden[where[0], where[1]], model.lm_head.weight, where[2], temperature, entropy)
-    logp, entropies = policy if entropy else (policy, policy)  # unasked for, entropies are a stand-in that nobody reads
-    count = len(places) - len(branches)
+    def index(places: list[tuple[int, int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        row, place, token = torch.tensor(places).T.to(device)
+        return (row, place), token
 
-    def spread(flat: Tensor) -> Tensor:
-        """[N] values of the actions -> [B, Z], 0 beyond a trace."""
-        return flat.new_zeros(len(branches), width).index_put((where[0, :count], where[1, :count]), flat[:count])
-
+    policy = [(b, j, token) for b, branch in enumerate(branches) for j, token in enumerate(branch.actions)]
+    policy += [(b, len(branch.body), marker) for b, branch in enumerate(branches)]
     gold = [(b, len(branch.body) + 1 + i, token) for b, branch in enumerate(branches) for i, token in enumerate(answer)]
-    where_gold = torch.tensor(gold).T.to(device)  # [3, B*T]
-    answer_logp = linear_logprob(hidden[where_gold[0], where_gold[1]], model.lm_head.weight, where_gold[2])
-    return spread(logp), logp[count:], answer_logp.view(len(branches), len(answer)), spread(entropies.detach())
+    return hidden, index(policy), index(gold)  # padding is in neither: the head never sees it
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -49,7 +49,7 @@ from aggregate import AGGREGATORS, GROUP_AGGREGATORS, MAX_EXPONENT, advantages, 
 from data import Example, Pairs, Tokenizer, next_examples, stream_seed
 from errors import InputError, OneLineParser, TrainingError, exit_on_bad_input
 from model import Config, Transformer, copy_token_rows, load_model, save_model, stored_dtype, write_json
-from reward import Scores, micro_batches, read_prompt, score
+from reward import Scores, branch_loss, micro_batches, read_prompt, score
 from sample import Trace, evaluate, sample_traces
 
 LENGTH_SCALE = 512  # tokens; the one constant that divides every sum over tokens, so that no length weighs more than another
@@ -253,19 +253,21 @@ def train_group(
     reward, advantage, weight = judge(scores.answer_logp.detach(), null_logp, args)
     clock.lap("score")
 
-    losses = torch.zeros(4)
-    batches = [list(range(len(traces)))] if whole else micro_batches([len(trace.ids) for trace in traces], args.micro_traces)
-    for number, batch in enumerate(batches):
-        part = [traces[i] for i in batch]
-        null = args.null_loss > 0 and number == 0
-        fresh = scores if whole else score(policy, branch_point, part, example.answer, marker, null, args.temperature)
-        terms = loss_terms(fresh, part, advantage[batch], weight[batch], args)
-        terms.sum().backward()
-        losses += terms.detach().cpu()
-    if not whole:
+    weights = token_weights(scores, traces, advantage, weight, args)
+    losses = loss_terms(scores, weights)
+    if whole:
+        losses.sum().backward()
+    else:
+        for batch in micro_batches([len(trace.ids) for trace in traces], args.micro_traces):
+            part = [traces[i] for i in batch]
+            own = (weights.trace[batch], weights.marker[batch], weights.answer[batch])
+            branch_loss(policy, branch_point, part, example.answer, marker, *own, args.temperature).backward()
+        if weights.null > 0:
+            null_scores = score(policy, branch_point, [], example.answer, marker)
+            (-weights.null * null_scores.null_logp.sum()).backward()
         prompt.backward(branch_point)
     clock.lap("update")
-    return group_figures(scores, traces, reward, advantage, null_logp, losses)
+    return group_figures(scores, traces, reward, advantage, null_logp, losses.detach())
 
 
 def judge(logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,24 +283,38 @@ def judge(logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor, 
     return reward, advantages(reward, center, args.scale), exact if args.answer_weight == "exact" else torch.ones_like(logp)
 
 
-def loss_terms(scores: Scores, traces: list[Trace], advantage: Tensor, weight: Tensor, args: Args) -> Tensor:
-    """The loss of m of a question's K traces as [trace, answer, marker, null] terms, to be summed; each is its share of the batch's loss.
+@dataclass
+class TokenWeights:
+    """What multiplies each log-prob in one question's share of the loss: constants, the common denominator included."""
 
-    scores: of these m traces, with graph. advantage [m] and weight [m, T]: constants.
-    """
-    rho = truncated_ratio(scores, traces, advantage) if args.updates > 1 else 1.0
-    trace_term = (rho * advantage[:, None] * scores.trace_logp).sum()  # trace_logp is 0 beyond a trace
-    answer_term = (weight * scores.answer_logp).sum()
-    marker_term = args.marker_weight * (scores.marker_logp * ~scores.finished).sum()
-    null_term = torch.zeros_like(answer_term)
-    if args.null_loss > 0 and scores.null_logp is not None:
-        null_term = args.null_loss * max(1, args.traces) * scores.null_logp.sum()  # times K: once a question, not once a trace
-    denominator = args.questions // args.updates * max(1, args.traces) * LENGTH_SCALE
-    return -torch.stack([trace_term, answer_term, marker_term, null_term]) / denominator
+    trace: Tensor  # [K, Z] rho A
+    answer: Tensor  # [K, T] omega
+    marker: Tensor  # [K] lambda where the marker was forced
+    null: float  # --null-loss, on every answer token of the empty trace
+
+
+def token_weights(scores: Scores, traces: list[Trace], advantage: Tensor, answer_weight: Tensor, args: Args) -> TokenWeights:
+    """advantage [K] and answer_weight omega [K, T] -> the weights of the loss at the top of this file."""
+    rho = truncated_ratio(scores, traces, advantage) if args.updates > 1 else torch.ones_like(scores.trace_logp)
+    questions, k = args.questions // args.updates, max(1, args.traces)
+    return TokenWeights(
+        trace=rho * advantage[:, None] * scores.trace_mask / (questions * k * LENGTH_SCALE),
+        answer=answer_weight / (questions * k * LENGTH_SCALE),
+        marker=args.marker_weight * (~scores.finished).to(scores.marker_logp.dtype) / (questions * k * LENGTH_SCALE),
+        null=args.null_loss / (questions * LENGTH_SCALE),
+    )
+
+
+def loss_terms(scores: Scores, weights: TokenWeights) -> Tensor:
+    """One question's share of the loss as [trace, answer, marker, null] terms, to be summed."""
+    trace = (weights.trace * scores.trace_logp).sum()
+    answer = (weights.answer * scores.answer_logp).sum()
+    marker = (weights.marker * scores.marker_logp).sum()
+    return -torch.stack([trace, answer, marker, weights.null * scores.null_logp.sum()])
 
 
 def truncated_ratio(scores: Scores, traces: list[Trace], advantage: Tensor) -> Tensor:
-    """rho [m, Z], a constant: pi / pi_sampler per token, clamped to RATIO_RANGE, and 0 where it has left the range already in the
+    """rho [K, Z], a constant: pi / pi_sampler per token, clamped to RATIO_RANGE, and 0 where it has left the range already in the
     direction its advantage pushes (CISPO, with the mask at the same bounds)."""
     ratio = (scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)).exp()
     low, high = RATIO_RANGE
@@ -307,7 +323,7 @@ def truncated_ratio(scores: Scores, traces: list[Trace], advantage: Tensor) -> T
 
 
 def sampler_logp(traces: list[Trace], like: Tensor) -> Tensor:
-    """The sampler's own record of the traces' log-probs, [m, Z] like `like`, 0 beyond a trace."""
+    """The sampler's own record of the traces' log-probs, [K, Z] like `like`, 0 beyond a trace."""
     rows = [trace.logp if trace.cut_id is None else [*trace.logp, trace.cut_logp] for trace in traces]
     return torch.tensor([row + [0.0] * (like.shape[1] - len(row)) for row in rows], dtype=like.dtype, device=like.device)
 

@@ -22,7 +22,7 @@ from errors import InputError, TrainingError
 from model import Config, Transformer, load_model
 from reward import score
 from sample import Trace, sample_traces
-from train import LENGTH_SCALE, Args, Clock, judge, loss_terms, parse_args, train, train_group, truncated_ratio
+from train import LENGTH_SCALE, Args, Clock, judge, parse_args, token_weights, train, train_group, truncated_ratio
 
 ROOT = Path(__file__).parents[1]
 WORDS, MARKER, EOS = (0, 1, 2), 3, 4
@@ -48,6 +48,10 @@ def gradient(model: Transformer) -> torch.Tensor:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
+
+
+def terms_of(scores, traces: list[Trace], advantage: torch.Tensor, weight: torch.Tensor, args: Args) -> torch.Tensor:
+    return train_module.loss_terms(scores, token_weights(scores, traces, advantage, weight, args))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the estimator
@@ -106,8 +110,8 @@ def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
     reward, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
-    # loss_terms is linear in advantage and weight: scaling each trace's by its probability sums what K = 1 would do, trace by trace
-    loss_terms(scores, traces, advantage * probability, weight * probability[:, None], args).sum().backward()
+    # the loss is linear in advantage and weight: scaling each trace's by its probability sums what K = 1 would do, trace by trace
+    terms_of(scores, traces, advantage * probability, weight * probability[:, None], args).sum().backward()
     assert torch.equal(reward, advantage)  # center none, scale none
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
@@ -128,7 +132,7 @@ def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
         for trace, own in zip((i, j), pair, strict=True):
             advantage[trace] += own
             answer_weight[trace] += weight[trace] * both
-    loss_terms(scores, traces, advantage, answer_weight, args).sum().backward()
+    terms_of(scores, traces, advantage, answer_weight, args).sum().backward()
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
 
@@ -167,12 +171,12 @@ def test_the_gradient_does_not_depend_on_padding():
     model, args = tiny_model(), Args(questions=1, traces=2)
     traces, long = sampled_group(model, 2), Trace([0] * 40, [0.0] * 40, finished=False)
     advantage, weight = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
-    loss_terms(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, replace(args, marker_weight=0.0)).sum().backward()
+    terms_of(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, replace(args, marker_weight=0.0)).sum().backward()
     short = gradient(model)
     zero = torch.zeros(1, dtype=torch.float64)
     scores = score(model, PROMPT, [*traces, long], ANSWER, MARKER)
     more = torch.cat([advantage, zero]), torch.cat([weight, zero.expand(1, 3)])
-    loss_terms(scores, [*traces, long], *more, replace(args, marker_weight=0.0)).sum().backward()
+    terms_of(scores, [*traces, long], *more, replace(args, marker_weight=0.0)).sum().backward()
     assert relative(gradient(model), short) < 1e-6
 
 
@@ -186,7 +190,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_questions_per_backward():
     for traces in groups:
         scores = score(model, PROMPT, traces, ANSWER, MARKER)
         _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
-        loss = loss + loss_terms(scores, traces, advantage, weight, args).sum()
+        loss = loss + terms_of(scores, traces, advantage, weight, args).sum()
     loss.backward()
     assert relative(gradient(model), one_by_one) < 1e-6
 
@@ -197,7 +201,7 @@ def test_the_loss_is_the_formula_of_the_docstring():
     traces = [Trace([0, 1, MARKER], [0.0] * 3, finished=True), Trace([2, 2, 2, 1, 0], [0.0] * 5, finished=False)]
     advantage, weight = torch.tensor([0.7, -1.1], dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     with torch.no_grad():
-        terms = loss_terms(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, args)
+        terms = terms_of(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, args)
         trace_term = 0.7 * plain_logp(model, PROMPT, [0, 1, MARKER]).sum() - 1.1 * plain_logp(model, PROMPT, [2, 2, 2, 1, 0]).sum()
         contexts = [[*PROMPT, 0, 1, MARKER], [*PROMPT, 2, 2, 2, 1, 0, MARKER]]
         answer_term = sum((w * plain_logp(model, c, ANSWER)).sum() for w, c in zip(weight, contexts, strict=True))
@@ -210,7 +214,7 @@ def test_a_sampled_marker_gets_the_advantage_and_a_forced_one_never_does():
     model, args = tiny_model(), Args(questions=1, traces=1, marker_weight=0.0)
     advantage, weight = torch.ones(1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
     for trace, expected in ((Trace([MARKER], [0.0], True), [MARKER]), (Trace([1], [0.0], False), [1]), (Trace([], [], False, EOS), [EOS])):
-        terms = loss_terms(score(model, PROMPT, [trace], ANSWER, MARKER), [trace], advantage, weight, args)
+        terms = terms_of(score(model, PROMPT, [trace], ANSWER, MARKER), [trace], advantage, weight, args)
         assert torch.allclose(-terms.sum() * LENGTH_SCALE, plain_logp(model, PROMPT, expected).sum(), rtol=1e-10)
 
 
@@ -243,7 +247,7 @@ def test_the_logged_loss_is_that_of_all_traces(micro):
     figures = train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
-    assert figures["losses"] == pytest.approx(loss_terms(scores, traces, advantage, weight, args).tolist(), rel=1e-5)
+    assert figures["losses"] == pytest.approx(terms_of(scores, traces, advantage, weight, args).tolist(), rel=1e-5)
 
 
 def test_sft_is_the_cross_entropy_of_answer_and_marker_without_a_trace():
