@@ -8,7 +8,8 @@
 One call, in this order: the peak memory of every contender (on a CPU each in a fresh process, since a process only knows its all-time
 peak); correctness of every contender against float64; then the times, contenders interleaved round by round, medians. Data is random,
 never zeros (a GPU multiplies zeros faster). TFLOP/s count 2NHV for a forward pass, 8NHV for a total of the general path (the backward
-pass recomputes the logits), 6NHV where nothing is recomputed. A contender that fails or runs out of memory says so in its row.
+pass recomputes the logits), 6NHV where nothing is recomputed; rows of weight zero are counted too, skipped or not. A contender that
+fails or runs out of memory says so in its row.
 """
 
 import argparse

@@ -192,12 +192,13 @@ def _finish_rows_kernel(
     c = tl.program_id(1) * TILES + tl.arange(0, TILES)  # [TILES] tiles of BN columns
     columns = c[:, None] * BN + tl.arange(0, BN)[None, :]  # [TILES, BN]
     factor = tl.load(factor_ptr + c.to(tl.int64) * n + row, mask=c * BN < vocab, other=0.0)
+    is_tile = (c * BN < vocab)[:, None]  # whole tiles, padding included: a ragged mask would cost the wide loads and stores
     y = tl.load(y_ptr + row).to(tl.int32)
     g = tl.load(g_ptr + row)
     at = e_ptr + row * e_stride + columns
-    e = tl.load(at, mask=columns < vocab, other=0.0).to(tl.float32)
+    e = tl.load(at, mask=is_tile, other=0.0).to(tl.float32)
     dz = tl.where(columns == y, g, 0.0) + factor[:, None] * e
-    tl.store(at, dz.to(e_ptr.dtype.element_ty), mask=columns < vocab)
+    tl.store(at, dz.to(e_ptr.dtype.element_ty), mask=is_tile)
 
 
 # ---- which configuration for which call ------------------------------------------------------------------------------------------
