@@ -21,6 +21,7 @@ import tokenizers
 from errors import InputError
 
 MARKER = "<|response_start|>"  # the paper's
+RESERVED = ("reserved", "unused", "[control_", "<special_")  # so are free tokens named: Llama 3, Gemma, Mistral's two tokenizers
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # Tulu's, which the paper trains on
 
 
@@ -49,12 +50,15 @@ class Tokenizer:
         self.model.no_padding()
         self.model.no_truncation()  # some published files carry a training-time limit
         self.eos_ids = self.find_eos()
+        self.eos: str = self.model.id_to_token(self.eos_ids[0]) or ""
         # What the tokenizer puts before every text: bos in Llama's and Mistral's, nothing in most others.
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
         self.marker_is_new = self.model.token_to_id(self.marker) is None
         if self.marker_is_new:
             self.model.add_special_tokens([tokenizers.AddedToken(self.marker, special=True, normalized=False)])
         self.marker_id: int = self.model.token_to_id(self.marker)
+        # A token kept free for uses like ours, and not yet in use: its embedding has never been trained.
+        self.marker_is_reserved = self.marker != ours.get("marker") and any(word in self.marker.lower() for word in RESERVED)
         if self.marker_id in self.eos_ids:
             raise InputError(f"--marker {self.marker!r} is an eos token of {file}: it cannot start the answer and end it")
         # Any of these ends a trace, though only the marker is a decision to answer (METHOD: every eos id counts, not just one).
@@ -99,13 +103,44 @@ class Tokenizer:
         return self.model.decode(ids, skip_special_tokens=not special)
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json with the marker in it, what stood beside it, and nrt.json with marker and prompt format."""
+        """Writes tokenizer.json with the marker in it, nrt.json with marker and prompt format, what stood beside them, and a chat
+        template that renders conversations as `render` does."""
         path = Path(path)
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        for name in ("special_tokens_map.json", "generation_config.json"):
             if (self.path / name).exists():
                 (path / name).write_bytes((self.path / name).read_bytes())
         self.model.save(str(path / "tokenizer.json"))
+        described = self.read("tokenizer_config.json") | {"chat_template": self.chat_template()}
+        (path / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
         (path / "nrt.json").write_text(json.dumps({"marker": self.marker, "prompt_format": self.prompt_format}, indent=2) + "\n")
+
+    def chat_template(self) -> str:
+        """`encode_prompt(render(...))` as a Jinja template, which opens the trace: what a model continues from it is trace, marker, answer.
+
+        A template writes its own bos. Jinja reads string literals as JSON does, so any prompt format can stand in one.
+        """
+        bos = "".join(self.model.id_to_token(token) for token in self.prefix)
+        question = " + text + ".join(literal(piece) for piece in self.prompt_format.split("{question}"))
+        return "".join(
+            [
+                "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
+                "{%- set system = messages[0].content + " + literal("\n\n") + " if messages[0].role == 'system' else '' -%}",
+                "{{- " + literal(bos) + " -}}",
+                "{%- for turn in turns -%}",
+                "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
+                "{%- if turn.role == 'user' -%}{{- "
+                + question
+                + " -}}{%- else -%}{{- text + "
+                + literal(self.eos + "\n")
+                + " -}}{%- endif -%}",
+                "{%- endfor -%}",
+            ]
+        )
+
+
+def literal(text: str) -> str:
+    """A string as Jinja (and JSON) write it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -151,7 +186,7 @@ class Pairs:
         self.file.seek(self.offsets[index])
         turns, gold = parse_row(self.file.readline(), f"{self.path}, row {index}")
         tokenizer = self.tokenizer
-        prompt = tokenizer.encode_prompt(render(turns, tokenizer.prompt_format, tokenizer.model.id_to_token(tokenizer.eos_ids[0])))
+        prompt = tokenizer.encode_prompt(render(turns, tokenizer.prompt_format, tokenizer.eos))
         return Example(index, prompt, tokenizer.encode_answer(gold), question=turns[-1], gold=gold)
 
 
@@ -159,7 +194,7 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
     """One JSONL line -> (turns, gold answer). turns alternates user, assistant, ..., user. `where` is "file:line" for errors."""
     try:
         row = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError; brackets can nest too deeply
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: holds a {type(row).__name__}, a row should be an object with question and answer")

@@ -7,7 +7,9 @@ while a library user and a test catch InputError like any other exception.
 
 import argparse
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -35,6 +37,10 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _one_line(error: Exception, code: int) -> int:
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        # Of torchrun's processes on a machine the first one speaks. What it says too ends this one within the pause; what only this one
+        # has met (a file missing in its view, say) is said after it.
+        time.sleep(5)
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
 

@@ -14,6 +14,7 @@ What it loads: Llama 2/3/3.1/3.2, SmolLM2, Mistral 7B v0.1-v0.3, Nemo-style head
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
@@ -21,10 +22,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
 
@@ -92,7 +97,7 @@ def read_config(path: str | Path) -> Config:
     known = {f.name for f in fields(Config)} - {"source", "rope_scaling"}
     stated = ABSENT[source["model_type"]] | source
     values = {name: stated[name] for name in known if stated.get(name) is not None}
-    if source["model_type"] == "llama" or source.get("use_sliding_window") is False:
+    if source["model_type"] == "llama":
         values.pop("sliding_window", None)  # Llama ignores the field
     sizes = [f.name for f in fields(Config)[:7] if f.name in values or f.default is MISSING]
     for name in [*sizes, *({"sliding_window"} & values.keys())]:
@@ -166,6 +171,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.activation_checkpointing = False  # True: keep a layer's input, q, k, v; the backward pass computes the rest again
 
     def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
         """Hidden states after the final norm.
@@ -178,8 +184,9 @@ class Transformer(nn.Module):
         hidden = self.embed_tokens(tokens)  # [B, L, H]
         rope = rope_table(positions, self.config, hidden.dtype)
         mask = lru_cache(lambda slots: visible(positions, slots, self.config.sliding_window))  # all layers share one mask
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rope, mask, past, index)
+            hidden = layer(hidden, rope, mask, past, index, recompute)
         return self.norm(hidden)
 
     def held(self, past: Past, batch: int) -> int | Tensor:
@@ -200,8 +207,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Callable, past: Past | None, index: int) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask, past, index)
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Callable, past: Past | None, index: int, recompute: bool
+    ) -> Tensor:
+        q, k, v = self.self_attn.project(self.input_layernorm(hidden), rope)
+        if past is not None:
+            k, v = past.append(index, k, v)  # [B, Hkv, S, D]
+        if recompute:  # from here on: what stands above is needed by the branches anyway, and `append` must not run twice
+            return checkpoint(self.finish, hidden, q, k, v, mask(k.shape[2]), use_reentrant=False)
+        return self.finish(hidden, q, k, v, mask(k.shape[2]))
+
+    def finish(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = hidden + self.self_attn(q, k, v, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -216,17 +233,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Callable, past: Past | None, index: int) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = (
-            proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, Hq, L, D], [B, Hkv, L, D] twice
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if past is not None:
-            k, v = past.append(index, k, v)  # [B, Hkv, S, D]
-        out = attend(q, k, v, mask(k.shape[2]))  # [B, Hq, L, D]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, H] -> queries [B, Hq, L, D], keys and values [B, Hkv, L, D] of these tokens."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B, Hq, L, D], k and v [B, Hkv, S, D], those of the past included -> [B, L, H]"""
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -276,7 +290,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # Measured on 2 CPU cores (SmolLM2's heads, 32 rows, 1 query on 200 slots): 0.8 ms against 11.5 ms with K, V repeated.
     batch, kv_heads, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     stacked = q.reshape(batch, kv_heads, group * q.shape[2], -1)
-    return F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask.repeat(1, 1, group, 1)).view(q.shape)
+    mask = mask if q.shape[2] == 1 else mask.repeat(1, 1, group, 1)  # one query: the mask spreads by itself
+    return F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask).view(q.shape)
 
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -306,10 +321,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------- directories
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", mesh: DeviceMesh | None = None
+) -> Transformer:
     """The model in the Hugging Face directory `path`, from one safetensors file or from index.json shards.
 
     Memory: the model is built without storage and takes the file's memory-mapped tensors as they are where dtype and device match.
+    mesh: split over its ranks, rows of every tensor (DTensor, Shard(0)); each rank reads its own rows and no others.
     InputError names the file and tensor that is missing, misshapen, unreadable or unknown.
     """
     config = read_config(path)
@@ -328,14 +346,39 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
                     shape, wanted = tuple(tensors.get_slice(name).get_shape()), tuple(expected[name].shape)
                     if shape != wanted:
                         raise InputError(f"{file}: tensor {name} has shape {list(shape)}, config.json says {list(wanted)}")
-                    state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                    own = tensors.get_tensor(name) if mesh is None else tensors.get_slice(name)[own_rows(shape[0], mesh)]
+                    state[name] = as_rows(own.to(device=device, dtype=dtype), expected[name], mesh)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a readable safetensors file (truncated download?): {error}") from None
     missing = [name for name in expected if name not in state]
     if missing:
         raise InputError(f"{path}: tensor {missing[0]} is missing" + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
-    model.load_state_dict({name: state[file_name(name)] for name, _ in model.named_parameters()}, strict=False, assign=True)
-    if config.tie_word_embeddings:
+    return assign(model, {name: state[file_name(name)] for name, _ in model.named_parameters()})
+
+
+def own_rows(rows: int, mesh: DeviceMesh) -> slice:
+    """The rows of a tensor this rank holds: as torch.chunk splits it, the last ranks perhaps less or nothing."""
+    chunk = -(-rows // mesh.size())
+    start = min(rows, chunk * mesh.get_local_rank())
+    return slice(start, min(rows, start + chunk))
+
+
+def as_rows(own: Tensor, like: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """This rank's rows as part of a tensor shaped like `like` that is split over the ranks; `own` itself if there is no mesh."""
+    if mesh is None:
+        return own
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered from all ranks if it is split over them (then every rank must call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assign(model: Transformer, state: dict[str, Tensor]) -> Transformer:
+    """Gives a model built on the meta device its tensors, uncopied."""
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight  # assigning tensors has untied them
     return model
 
@@ -371,26 +414,37 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 def save_model(model: Transformer, path: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes config.json and safetensors (sharded with an index above `max_shard_bytes`) that any Hugging Face reader opens as they are.
 
-    dtype: None keeps each tensor's own. A tied head is not written twice.
+    dtype: None keeps each tensor's own. A tied head is not written twice. Of a model that is split over ranks, every rank must call and
+    the first one writes, a file at a time: no more than one file's tensors are whole in its memory.
     """
-    path = Path(path)
+    path, writes = Path(path), not dist.is_initialized() or dist.get_rank() == 0
     path.mkdir(parents=True, exist_ok=True)
-    state = {file_name(name): p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in state.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(names, shards, strict=True):
-        save_file(shard, path / file, metadata={"format": "pt"})
-    for stale in set(path.glob("model*.safetensors*")) - {path / file for file in names}:
+    parameters = {file_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    sizes = {name: p.numel() * (dtype or p.dtype).itemsize for name, p in parameters.items()}  # bytes
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {}
+        for name in names:
+            tensor = whole(parameters[name].to(dtype or parameters[name].dtype))
+            if writes:
+                tensors[name] = tensor.cpu().contiguous()
+        if writes:
+            save_file(tensors, path / file, metadata={"format": "pt"})
+    if not writes:
+        return
+    for stale in set(path.glob("model*.safetensors*")) - {path / file for file in files}:
         stale.unlink()  # a model saved here before: its index would be read in place of ours, its shards beside ours
     if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = {"total_size": sum(t.nbytes for t in state.values())}
-        write_json(path / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
-    write_json(path / "config.json", config_json(model.config, next(iter(state.values())).dtype))
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    write_json(path / "config.json", config_json(model.config, dtype or next(iter(parameters.values())).dtype))
+    for file in files:
+        shutil.copymode(path / "config.json", path / file)  # safetensors writes what only its owner may read
 
 
 def config_json(config: Config, dtype: torch.dtype) -> dict:
@@ -411,15 +465,16 @@ def write_json(path: Path, value: dict) -> None:
 def copy_token_rows(model: Transformer, token: int, source: int) -> None:
     """Gives `token` the embedding and output row of `source`, growing the vocabulary if `token` lies beyond it.
 
-    How a new marker token starts (paper, section 4: as a copy of eos). Works on tied and untied heads.
+    How a new marker token starts (paper, section 4: as a copy of eos). Works on tied and untied heads, whole or split over ranks.
     """
-    with torch.no_grad():
-        if token >= model.config.vocab_size:
-            model.config.vocab_size = token + 1
-            for table in (model.embed_tokens, model.lm_head):
-                new_rows = table.weight[source].expand(token + 1 - table.weight.shape[0], -1)
-                table.weight = nn.Parameter(torch.cat([table.weight, new_rows]))
-            if model.config.tie_word_embeddings:
-                model.lm_head.weight = model.embed_tokens.weight
-        for table in (model.embed_tokens, model.lm_head):
-            table.weight[token] = table.weight[source]
+    tables = [model.embed_tokens] if model.config.tie_word_embeddings else [model.embed_tokens, model.lm_head]
+    for table in tables:
+        rows = whole(table.weight.detach())
+        grown = torch.cat([rows, rows[source].expand(max(0, token + 1 - len(rows)), -1)])
+        grown[token] = grown[source].clone()
+        if isinstance(table.weight, DTensor):
+            grown = distribute_tensor(grown, table.weight.device_mesh, [Shard(0)], src_data_rank=None)  # None: nothing to send, all have it
+        table.weight = nn.Parameter(grown)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.config.vocab_size = len(model.embed_tokens.weight)

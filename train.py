@@ -18,43 +18,34 @@ micro-batches, (5) no second pass for old log-probs (the sampler's own record is
     python train.py                                                         the embedded task on a laptop, under a minute
     python train.py --traces 0 --out runs/hops-sft                          plain fine-tuning on the same pairs, the baseline
     python train.py --model DIR --data pairs.jsonl --eval-data held-out.jsonl --lr 2e-6 --dtype bfloat16 --out runs/mine
+    torchrun --standalone --nproc-per-node 8 train.py --model DIR ...       the same with more hands (distributed.py)
 """
 
-import os
-
-# Before torch is imported: waiting threads sleep instead of spinning, which starves whoever shares the cores (10 steps of the embedded
-# task took 63 s beside another busy process, and take 13 s like this).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import copy
-import json
 import math
-import resource
-import shutil
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import DeviceMesh
 
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS, MAX_EXPONENT, advantages, aggregate
+from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages, aggregate
+from checkpoint import first_rank_does, load_progress, newest_checkpoint, open_run, save_checkpoint, save_final
 from data import Example, Pairs, Tokenizer, next_examples, stream_seed
+from distributed import compute_copy, from_all, gather, own_share, rank, reduce_gradients, restarted, start, stop, world_size
 from errors import InputError, OneLineParser, TrainingError, exit_on_bad_input
-from model import Config, Transformer, copy_token_rows, load_model, save_model, stored_dtype, write_json
+from log import Clock, Log, group_figures, summary
+from model import Config, Transformer, copy_token_rows, load_model, whole
 from reward import Scores, branch_loss, micro_batches, read_prompt, score
 from sample import Trace, evaluate, sample_traces
 
 LENGTH_SCALE = 512  # tokens; the one constant that divides every sum over tokens, so that no length weighs more than another
 RATIO_RANGE = (0.8, 1.28)  # truncation of pi / pi_sampler: wider above, as unlikely tokens need room to grow (DAPO, CISPO)
 MAX_BAD_UPDATES = 3  # NaN or inf this many times in a row is no accident
+SMALL_MODEL = 5_000_000  # parameters; below, two CPU threads gain next to nothing, and starve beside a busy process (EXPERIMENTS.md)
 
 
 # ---------------------------------------------------------------------------------------------------------------- arguments
@@ -83,7 +74,9 @@ class Args:
     marker_weight: float = arg(0.3, "lambda, cross-entropy on a forced marker, as in the paper")
     updates: int = arg(1, "optimizer updates per step, each on its share of the questions (paper: 4); > 1 turns on the truncated ratio")
     micro_traces: int = arg(0, "traces per backward, 0 = all; fewer = less memory, one more forward pass, the same gradient")
+    activation_checkpointing: bool = arg(False, "keep a layer's input, q, k, v and compute the rest again: less memory, more time")
     max_trace: int = arg(48, "tokens a trace may have before the marker is forced (paper: 2048)")
+    slots: int = arg(0, "traces sampled at a time, 0 = as many as half of the free memory holds; the traces do not depend on it")
     max_prompt: int = arg(4096, "longer prompts are skipped and counted")
     max_answer: int = arg(2047, "longer answers are skipped and counted (paper: trace + marker + answer <= 4096)")
     temperature: float = arg(1.0, "of sampling; at 1 the trace is drawn from the policy that is trained")
@@ -96,7 +89,7 @@ class Args:
     seed: int = arg(0, "names every random stream; same seed, same run")
     dtype: str = arg("float32", "compute; weights, gradient sums and optimizer stay fp32", ["float32", "bfloat16"])
     device: str = arg("auto", "auto = cuda if there is one, else cpu")
-    resume: bool = arg(False, "continue from the newest checkpoint in --out, bit-identically on a CPU; start anew if there is none")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out, bit-identically on a CPU; if there is none, begin")
     overwrite: bool = arg(False, "replace the run that --out holds")
     eval_every: int = arg(5, "steps between evaluations; also before the first and after the last")
     eval_questions: int = arg(200, "held-out questions, from the top of the file")
@@ -130,7 +123,7 @@ def parse_args(argv: Sequence[str]) -> Args:
 def check_args(args: Args) -> None:
     """InputError naming the flag whose value cannot work, before anything is read or written."""
     least = {"steps": 1, "questions": 1, "traces": 0, "updates": 1, "micro_traces": 0, "max_trace": 1, "max_prompt": 1, "max_answer": 1}
-    least |= {"seed": 0, "eval_every": 1, "eval_questions": 1, "save_every": 1, "keep": 1}
+    least |= {"slots": 0, "seed": 0, "eval_every": 1, "eval_questions": 1, "save_every": 1, "keep": 1}
     least |= {"lr": 0, "warmup": 0, "weight_decay": 0, "eps": 0, "null_loss": 0, "marker_weight": 0, "beta2": 0}
     for name, low in least.items():
         if not getattr(args, name) >= low:  # "not >=", so that nan is refused too
@@ -140,8 +133,9 @@ def check_args(args: Args) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: should be above 0")
     if not args.beta2 < 1 or not args.warmup <= 1:
         raise InputError(f"--beta2 {args.beta2} --warmup {args.warmup}: beta2 should be below 1, warmup at most 1")
-    if args.questions % args.updates:
-        raise InputError(f"--questions {args.questions} does not divide into --updates {args.updates} equal shares")
+    if args.questions % (args.updates * world_size()):
+        ranks = f" on each of {world_size()} processes" if world_size() > 1 else ""
+        raise InputError(f"--questions {args.questions} does not divide into --updates {args.updates} equal shares{ranks}")
     if args.traces == 1 and args.center != "none" and args.aggregator != "jlb_multi":
         raise InputError(f"--traces 1 with --center {args.center}: every advantage would be 0; take --traces 2 or more, or --center none")
     if args.traces == 1 and args.scale != "none":
@@ -158,61 +152,75 @@ def check_args(args: Args) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- the loop
 def train(args: Args) -> None:
-    """Runs the whole of it: reads, trains, logs, evaluates, writes checkpoints and final/."""
+    """Runs the whole of it: reads, trains, logs, evaluates, writes checkpoints and final/. Every rank runs it on its own questions."""
+    mesh = start(args.device)
+    if any(from_all(restarted())):  # torchrun --max-restarts: the same run, once more
+        args.resume, args.overwrite = True, False
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     pairs = Pairs(args.data, tokenizer)
     held_out = Pairs(args.eval_data, tokenizer) if args.eval_data else []
     held_out = [held_out[i] for i in range(min(args.eval_questions, len(held_out)))]
 
-    checkpoint = newest_checkpoint(Path(args.out)) if args.resume else None
-    model = load_model(checkpoint, device=args.device) if checkpoint else initial_model(args, tokenizer)  # fp32: trained and saved
-    policy = low_precision_twin(model, args.dtype) if args.dtype != "float32" else model  # what samples, scores and collects gradients
+    out = Path(args.out)
+    checkpoint = newest_checkpoint(out) if args.resume else None
+    model = load_model(checkpoint, device=args.device, mesh=mesh) if checkpoint else initial_model(args, tokenizer, mesh)  # fp32: trained
+    policy = compute_copy(model, getattr(torch, args.dtype))  # what samples, scores and collects gradients; often the model itself
+    policy.activation_checkpointing = args.activation_checkpointing
     frozen_null = FrozenNull(initial_model(args, tokenizer), args.dtype, tokenizer.marker_id) if args.null == "frozen" else None
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, args.beta2), eps=args.eps, weight_decay=args.weight_decay)
-    step, position = load_progress(checkpoint, optimizer, model) if checkpoint else (0, 0)
+    if args.device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    optimizer = make_optimizer(model, args)
+    step, position = load_progress(checkpoint, model, optimizer) if checkpoint else (0, 0)
     row_fits = partial(fits, args, model.config)
     next_examples(pairs, position, 1, args.seed, row_fits)  # refuses if none does
-    out = open_run(args)  # not before everything that is read has proved good
-    log = Log(out, args, last_step=step)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(pairs)} pairs, {len(held_out)} held out\n")
+    first_rank_does(lambda: open_run(out, asdict(args)))  # not before everything that is read has proved good
+    log = Log(out, args.steps, last_step=step)
+    log.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(pairs)} pairs, {len(held_out)} held out\n")
 
     bad_updates = 0
     if step == 0 and held_out:
-        log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
+        log.write({"step": 0} | evaluate_together(policy, tokenizer, held_out, args.max_trace))
     while step < args.steps:
         step += 1
         clock = Clock()
         examples, position, skipped = next_examples(pairs, position, args.questions, args.seed, row_fits)
-        groups = sample_groups(policy, tokenizer, examples, step, args)
+        share = args.questions // args.updates  # questions of one update, of which every rank takes its own
+        own = [examples[update * share : (update + 1) * share][own_share(share)] for update in range(args.updates)]
+        groups = sample_groups(policy, tokenizer, [example for part in own for example in part], step, args)
         clock.lap("sample")
 
-        figures, norms = [], []
+        figures, norms, sampled = [], [], iter(groups)
         lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
-        share = args.questions // args.updates
-        for update in range(args.updates):
-            for i in range(update * share, (update + 1) * share):
-                null_logp = frozen_null(examples[i]) if args.null == "frozen" else None
-                figures.append(train_group(policy, examples[i], groups[i], null_logp, tokenizer.marker_id, args, clock))
+        for part in own:
+            figures.append([])
+            for example in part:
+                null_logp = frozen_null(example) if args.null == "frozen" else None
+                figures[-1].append(train_group(policy, example, next(sampled), null_logp, tokenizer.marker_id, args, clock))
             norms.append(apply_update(model, policy, optimizer, lr, args.grad_clip))
             bad_updates = 0 if math.isfinite(norms[-1]) else bad_updates + 1
             clock.lap("update")
 
-        record = {"step": step} | summary(figures, norms, args) | {"lr": lr, "skipped_long": skipped} | clock.figures(groups)
-        if step % args.eval_every == 0 or step == args.steps:
-            record |= evaluate(policy, tokenizer, held_out, args.max_trace) if held_out else {}
+        everybodys = from_all(figures)  # [W][updates][questions], put back in the order of the batch
+        figures = [f for update in range(args.updates) for ranks in everybodys for f in ranks[update]]
+        tokens = sum(sum(f["length"]) for f in figures)
+        record = {"step": step} | summary(figures, norms) | {"lr": lr, "skipped_long": skipped} | clock.figures(tokens)
+        if held_out and (step % args.eval_every == 0 or step == args.steps):
+            record |= evaluate_together(policy, tokenizer, held_out, args.max_trace)
         log.write(record)
         log.samples(step, tokenizer, examples[0], groups[0], figures[0])
         if bad_updates >= MAX_BAD_UPDATES:
             raise TrainingError(f"step {step}: loss or gradient not finite {bad_updates} times in a row; none of it was applied, see {out}")
         if step % args.save_every == 0 or step == args.steps:
             save_checkpoint(out, step, position, model, tokenizer, optimizer, args.keep)
-    save_final(out, model, tokenizer, args)
+    save_final(out, model, tokenizer, args.model)
+    log.say(f"wrote {out / 'final'}, a Hugging Face directory; try: python sample.py --model {out / 'final'} --question ...")
+    stop()
 
 
-def initial_model(args: Args, tokenizer: Tokenizer) -> Transformer:
-    """The weights the run starts from, fp32. A marker the vocabulary lacked starts as a copy of eos (paper, section 4)."""
-    model = load_model(args.model, device=args.device)
-    if tokenizer.marker_is_new:
+def initial_model(args: Args, tokenizer: Tokenizer, mesh: DeviceMesh | None = None) -> Transformer:
+    """The weights the run starts from, fp32. A marker the model has never seen starts as a copy of eos (paper, section 4)."""
+    model = load_model(args.model, device=args.device, mesh=mesh)
+    if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
         copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
     return model
 
@@ -231,7 +239,15 @@ def sample_groups(policy: Transformer, tokenizer: Tokenizer, examples: list[Exam
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(args.seed, step, example.index) for example in examples]
     stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
-    return sample_traces(policy, prompts, args.traces, args.max_trace, args.temperature, stop, seeds, cut)
+    return sample_traces(policy, prompts, args.traces, args.max_trace, args.temperature, stop, seeds, cut, args.slots)
+
+
+def evaluate_together(policy: Transformer, tokenizer: Tokenizer, held_out: list[Example], max_trace: int) -> dict[str, float]:
+    """sample.evaluate over all held-out examples, each rank its share of them."""
+    own = held_out[rank() :: world_size()]
+    parts = from_all((len(own), evaluate(policy, tokenizer, own, max_trace) if own else {}))
+    parts = [(count, figures) for count, figures in parts if count]
+    return {name: sum(count * figures[name] for count, figures in parts) / len(held_out) for name in parts[0][1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- one question
@@ -253,12 +269,13 @@ def train_group(
     reward, advantage, weight = judge(scores.answer_logp.detach(), null_logp, args)
     clock.lap("score")
 
-    weights = token_weights(scores, traces, advantage, weight, args)
+    log_ratio = scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)  # [K, Z], 0 where all is on-policy
+    weights = token_weights(scores, log_ratio, advantage, weight, args)
     losses = loss_terms(scores, weights)
     if whole:
         losses.sum().backward()
     else:
-        for batch in micro_batches([len(trace.ids) for trace in traces], args.micro_traces):
+        for batch in micro_batches([len(trace.ids) + len(example.answer) for trace in traces], args.micro_traces):
             part = [traces[i] for i in batch]
             own = (weights.trace[batch], weights.marker[batch], weights.answer[batch])
             branch_loss(policy, branch_point, part, example.answer, marker, *own, args.temperature).backward()
@@ -267,7 +284,8 @@ def train_group(
             (-weights.null * null_scores.null_logp.sum()).backward()
         prompt.backward(branch_point)
     clock.lap("update")
-    return group_figures(scores, traces, reward, advantage, null_logp, losses.detach())
+    outside = (log_ratio.exp() < RATIO_RANGE[0]) | (log_ratio.exp() > RATIO_RANGE[1])
+    return group_figures(scores, traces, log_ratio, outside, reward, advantage, null_logp, losses.detach())
 
 
 def judge(logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,9 +311,9 @@ class TokenWeights:
     null: float  # --null-loss, on every answer token of the empty trace
 
 
-def token_weights(scores: Scores, traces: list[Trace], advantage: Tensor, answer_weight: Tensor, args: Args) -> TokenWeights:
-    """advantage [K] and answer_weight omega [K, T] -> the weights of the loss at the top of this file."""
-    rho = truncated_ratio(scores, traces, advantage) if args.updates > 1 else torch.ones_like(scores.trace_logp)
+def token_weights(scores: Scores, log_ratio: Tensor, advantage: Tensor, answer_weight: Tensor, args: Args) -> TokenWeights:
+    """log_ratio [K, Z], advantage [K], answer_weight omega [K, T] -> the weights of the loss at the top of this file."""
+    rho = truncated_ratio(log_ratio, advantage) if args.updates > 1 else torch.ones_like(log_ratio)
     questions, k = args.questions // args.updates, max(1, args.traces)
     return TokenWeights(
         trace=rho * advantage[:, None] * scores.trace_mask / (questions * k * LENGTH_SCALE),
@@ -313,11 +331,10 @@ def loss_terms(scores: Scores, weights: TokenWeights) -> Tensor:
     return -torch.stack([trace, answer, marker, weights.null * scores.null_logp.sum()])
 
 
-def truncated_ratio(scores: Scores, traces: list[Trace], advantage: Tensor) -> Tensor:
+def truncated_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
     """rho [K, Z], a constant: pi / pi_sampler per token, clamped to RATIO_RANGE, and 0 where it has left the range already in the
     direction its advantage pushes (CISPO, with the mask at the same bounds)."""
-    ratio = (scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)).exp()
-    low, high = RATIO_RANGE
+    ratio, (low, high) = log_ratio.exp(), RATIO_RANGE
     gone = torch.where(advantage[:, None] > 0, ratio > high, ratio < low)
     return ratio.clamp(low, high).masked_fill(gone, 0.0)
 
@@ -328,35 +345,22 @@ def sampler_logp(traces: list[Trace], like: Tensor) -> Tensor:
     return torch.tensor([row + [0.0] * (like.shape[1] - len(row)) for row in rows], dtype=like.dtype, device=like.device)
 
 
+def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
+    """fused: one pass over weights, gradients and moments, and no temporaries of their size."""
+    return torch.optim.AdamW(model.parameters(), args.lr, (0.9, args.beta2), args.eps, args.weight_decay, fused=True)
+
+
 def apply_update(model: Transformer, policy: Transformer, optimizer: torch.optim.Optimizer, lr: float, grad_clip: float) -> float:
-    """One AdamW update -> gradient norm before clipping. A norm that is not finite means: nothing is applied."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    """One AdamW update from all ranks' gradients -> their norm before clipping. A norm that is not finite means: nothing is applied."""
+    reduce_gradients(model, policy)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        if policy is not model:
-            with torch.no_grad():
-                for low, full in zip(policy.parameters(), model.parameters(), strict=True):
-                    low.copy_(full)
+        gather(model, policy)
     optimizer.zero_grad()
     return norm
-
-
-def low_precision_twin(model: Transformer, dtype: str) -> Transformer:
-    """A copy of the model that computes in `dtype`, while its gradients add up in the fp32 model's.
-
-    bf16 alone would lose the training: with 8 bits, 1 + 2e-6 is 1, and 64 questions' gradients do not add up.
-    """
-    twin = copy.deepcopy(model).to(getattr(torch, dtype))
-    for low, full in zip(twin.parameters(), model.parameters(), strict=True):
-
-        def collect(low: Tensor, full: Tensor = full) -> None:
-            full.grad = low.grad.float() if full.grad is None else full.grad.add_(low.grad)
-            low.grad = None
-
-        low.register_post_accumulate_grad_hook(collect)
-    return twin
 
 
 class FrozenNull:
@@ -371,261 +375,6 @@ class FrozenNull:
         if example.index not in self.known:
             self.known[example.index] = score(self.model, example.prompt, [], example.answer, self.marker).null_logp
         return self.known[example.index]
-
-
-# ---------------------------------------------------------------------------------------------------------------- figures
-def group_figures(scores: Scores, traces: list[Trace], reward: Tensor, advantage: Tensor, null_logp: Tensor, losses: Tensor) -> dict:
-    """What one question contributes to the log; lists have one entry per trace."""
-    trace_logp = scores.trace_logp.detach()
-    log_ratio = (trace_logp - sampler_logp(traces, trace_logp))[scores.trace_mask]
-    ratio, (low, high) = log_ratio.exp(), RATIO_RANGE
-    return {
-        "reward": reward.tolist(),
-        "advantage": advantage.tolist(),
-        "think": scores.answer_logp.detach().sum(dim=1).tolist(),
-        "null": scores.null_logp.sum().item(),
-        "answer_tokens": scores.answer_logp.shape[1],
-        "capped": (-null_logp > MAX_EXPONENT).sum().item(),
-        "length": [len(trace.ids) for trace in traces],
-        "finished": [trace.finished for trace in traces],
-        "entropy": scores.entropy.sum().item(),
-        "distinct": len({tuple(trace.ids) for trace in traces}) / len(traces),
-        "repeats": [repeated_4grams(trace.ids) for trace in traces],
-        "ratio_max": ratio.max().item() if len(ratio) else 1.0,
-        "clipped": ((ratio < low) | (ratio > high)).sum().item(),
-        "gap": log_ratio.abs().max().item() if len(ratio) else 0.0,
-        "losses": losses.tolist(),
-    }
-
-
-def repeated_4grams(ids: list[int]) -> float:
-    """Share of a trace's 4-grams that occurred in it before: 0 for fresh thought, towards 1 for a loop."""
-    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def summary(figures: list[dict], norms: list[float], args: Args) -> dict[str, float]:
-    """One step's log line from its questions' figures, in the order they were trained on. Nats, tokens, shares of 1."""
-
-    def every(name: str) -> list[float]:  # one entry per trace of the step
-        return [value for f in figures for value in f[name]]
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    def total(name: str) -> float:
-        return sum(f[name] for f in figures)
-
-    rewards, lengths = every("reward"), every("length")
-    tokens = max(1, sum(lengths))
-    trace_loss, answer_loss, marker_loss, null_loss = (sum(f["losses"][i] for f in figures) / args.updates for i in range(4))
-    think, null = mean(every("think")), mean([f["null"] for f in figures])
-    return {
-        "reward_mean": mean(rewards),
-        "reward_std": mean([statistics.pstdev(f["reward"]) for f in figures]),  # within a question: what advantages are made of
-        "reward_min": min(rewards),
-        "reward_max": max(rewards),
-        "zero_std_frac": mean([not any(f["advantage"]) for f in figures]),
-        "gold_logp_think": think,
-        "gold_logp_null": null,
-        "gain": think - null,
-        "gold_ce": -sum(every("think")) / sum(f["answer_tokens"] * len(f["think"]) for f in figures),
-        "null_capped": total("capped"),
-        "trace_len_mean": mean(lengths),
-        "trace_len_min": min(lengths),
-        "trace_len_max": max(lengths),
-        "finished_frac": mean(every("finished")),
-        "entropy": total("entropy") / tokens,
-        "dup_frac": 1 - mean([f["distinct"] for f in figures]),
-        "rep_frac": mean(every("repeats")),
-        "ratio_max": max(f["ratio_max"] for f in figures),
-        "clip_frac": total("clipped") / tokens,
-        "sampler_gap": max(f["gap"] for f in figures[: args.questions // args.updates]),  # before the weights have moved
-        "trace_loss": trace_loss,
-        "answer_loss": answer_loss,
-        "marker_loss": marker_loss,
-        "null_loss": null_loss,
-        "loss": trace_loss + answer_loss + marker_loss + null_loss,
-        "grad_norm": mean(norms),
-        "bad_updates": sum(not math.isfinite(norm) for norm in norms),
-    }
-
-
-class Clock:
-    """Seconds a step spends in each part."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
-        self.last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Books the time since the last lap on `part`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] += now - self.last
-        self.last = now
-
-    def figures(self, groups: list[list[Trace]]) -> dict[str, float]:
-        """tokens_per_s: trace tokens sampled, scored and trained on, per second of the step."""
-        tokens = sum(len(trace.ids) for group in groups for trace in group)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-        return (
-            {"tokens_per_s": tokens / sum(self.seconds.values())}
-            | {f"sec_{part}": seconds for part, seconds in self.seconds.items()}
-            | {"mem_gb": peak / 1e9}
-        )
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Log:
-    """log.jsonl (a line per step), samples.jsonl (traces one can read), the console, and tensorboard where it is installed."""
-
-    def __init__(self, out: Path, args: Args, last_step: int) -> None:
-        self.out, self.args, self.began, self.first = out, args, time.perf_counter(), last_step
-        for name in ("log.jsonl", "samples.jsonl"):
-            drop_lines_after(out / name, last_step)
-        self.tensorboard = None
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
-
-    def write(self, record: dict) -> None:
-        # JSON knows no NaN: a figure that is not finite is null
-        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        append_line(self.out / "log.jsonl", record)
-        if self.tensorboard:
-            for name, value in record.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, record["step"])
-        print(self.console_line(record), flush=True)
-
-    def console_line(self, record: dict) -> str:
-        step, steps = record["step"], self.args.steps
-        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-        shown = {"reward_mean": "reward {:.3f}", "gain": "gain {:+.2f}", "gold_ce": "gold_ce {:.3f}", "trace_len_mean": "trace_len {:.1f}"}
-        shown |= {"finished_frac": "finished {:.0%}", "entropy": "entropy {:.2f}", "grad_norm": "grad_norm {:.2g}"}
-        shown |= {"eval_accuracy": "| eval_accuracy {:.3f}", "eval_accuracy_null": "without thinking {:.3f}", "eval_gain": "gain {:+.2f}"}
-        parts += [shape.format(record[name]) for name, shape in shown.items() if record.get(name) is not None]
-        if record.get("bad_updates"):
-            parts.append(f"NOT APPLIED: {record['bad_updates']} update(s) not finite")
-        if step > self.first:
-            left = (time.perf_counter() - self.began) / (step - self.first) * (steps - step)
-            parts.append(f"| {left / 60:.0f} min left" if left > 120 else f"| {left:.0f} s left")
-        return "  ".join(parts)
-
-    def samples(self, step: int, tokenizer: Tokenizer, example: Example, traces: list[Trace], figures: dict) -> None:
-        """The traces of the step's first question, with what they earned."""
-        shown = [
-            {"trace": tokenizer.decode(trace.ids, special=True), "finished": trace.finished, "reward": reward, "advantage": advantage}
-            for trace, reward, advantage in zip(traces, figures["reward"], figures["advantage"], strict=True)
-        ]
-        append_line(self.out / "samples.jsonl", {"step": step, "question": example.question, "gold": example.gold, "traces": shown})
-
-
-def append_line(file: Path, record: dict) -> None:
-    with open(file, "a") as lines:
-        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def drop_lines_after(file: Path, step: int) -> None:
-    """Forgets what an interrupted run logged beyond its last checkpoint (its last line may be half-written): it will be done again."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step and step > 0]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
-    temporary.replace(file)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files of a run
-def open_run(args: Args) -> Path:
-    """The run's folder, ready to be written to; InputError if it holds a run that neither --resume nor --overwrite was said of."""
-    out = Path(args.out)
-    holds = [path for pattern in ("log.jsonl", "samples.jsonl", "checkpoint-*", "final*") for path in out.glob(pattern)]
-    if holds and not (args.resume or args.overwrite):
-        raise InputError(f"--out {out} already holds a run ({holds[0].name}): take another folder, --resume it or --overwrite it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in [*(holds if args.overwrite else []), *out.glob("*.tmp")]:  # *.tmp: what a kill left half-written
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        before = json.loads((out / "args.json").read_text()) if args.resume and (out / "args.json").exists() else {}
-        write_json(out / "args.json", asdict(args))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    print(" ".join(["python train.py", *(f"--{name.replace('_', '-')} {value!r}" for name, value in asdict(args).items())]))
-    for name, value in before.items():
-        if name not in ("resume", "overwrite") and getattr(args, name, value) != value:
-            print(f"note: --{name.replace('_', '-')} was {value!r} before the interruption")
-    return out
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint of the highest step: a directory has its final name only once all of it is on disk."""
-    return max((path for path in out.glob("checkpoint-*") if path.suffix != ".tmp"), default=None)
-
-
-def save_checkpoint(
-    out: Path, step: int, position: int, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, keep: int
-) -> None:
-    """checkpoint-STEP/: a Hugging Face directory (fp32), the optimizer's moments and the data position. The last `keep` stay."""
-    names = [name for name, _ in model.named_parameters()]
-    moments = {f"{names[index]}.{key}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
-
-    def write(folder: Path) -> None:
-        save_model(model, folder)
-        tokenizer.save(folder)
-        save_file(moments, folder / "optimizer.safetensors")
-        write_json(folder / "progress.json", {"step": step, "position": position})
-
-    write_directory(out / f"checkpoint-{step:06}", write)
-    for old in sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".tmp")[:-keep]:
-        doomed = old.rename(old.with_name(old.name + ".tmp"))  # never half a checkpoint under a whole one's name
-        shutil.rmtree(doomed)
-
-
-def load_progress(checkpoint: Path, optimizer: torch.optim.Optimizer, model: Transformer) -> tuple[int, int]:
-    """Puts the optimizer's moments back -> (step, data position)."""
-    try:
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as moments:
-            state = {
-                index: {key: moments.get_tensor(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                for index, (name, _) in enumerate(model.named_parameters())
-            }
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return progress["step"], progress["position"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: not a checkpoint that can be resumed: {error}") from None
-
-
-def save_final(out: Path, model: Transformer, tokenizer: Tokenizer, args: Args) -> None:
-    """final/: the trained model, in the precision the initial one was stored in."""
-
-    def write(folder: Path) -> None:
-        save_model(model, folder, stored_dtype(args.model))
-        tokenizer.save(folder)
-
-    write_directory(out / "final", write)
-    print(f"wrote {out / 'final'}, a Hugging Face directory; try: python sample.py --model {out / 'final'} --question ...")
-
-
-def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """All or nothing: written under a temporary name, flushed to disk, renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    if path.exists():
-        shutil.rmtree(path)
-    temporary.rename(path)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jinja2.sandbox  # comes with torch
 import numpy as np
 import pytest
 import tiny
@@ -218,9 +219,33 @@ def test_a_saved_tokenizer_reads_back_the_same(kind, tmp_path):
         assert getattr(back, name) == getattr(tokenizer, name)
     text = "Who? naïve 日本 <|think_end|> Kim."
     assert back.model.encode(text).ids == tokenizer.model.encode(text).ids
-    assert (tmp_path / "tokenizer_config.json").read_bytes() == (GOLDEN / kind / "tokenizer_config.json").read_bytes()
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert described.pop("chat_template")
+    assert described == json.loads((GOLDEN / kind / "tokenizer_config.json").read_text())
     assert Tokenizer(tmp_path, marker="<other>", prompt_format="{question}!").prompt_format == "{question}!"  # a flag goes before the file
     assert Tokenizer(tmp_path, marker="<other>").marker == "<other>"
+
+
+SYSTEM, USER, ASSISTANT = ({"role": role, "content": f'  {role} says "x\\n{{{{}}}}" '} for role in ("system", "user", "assistant"))
+
+
+@every_kind
+@pytest.mark.parametrize("prompt_format", [PROMPT_FORMAT, "{question}", '\'{{ \\ "{question}" %}} naïve\n{question}\t'])
+@pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [SYSTEM, USER, ASSISTANT, USER], [USER, ASSISTANT, USER, ASSISTANT, USER]])
+def test_the_chat_template_gives_the_prompt_we_train_on(kind, prompt_format, messages, tmp_path):
+    tokenizer = Tokenizer(GOLDEN / kind, prompt_format=prompt_format)
+    prompt = only_example(tmp_path, tokenizer, {"messages": [*messages, {"role": "assistant", "content": "gold"}]}).prompt
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers sets it up
+    text = jinja.from_string(tokenizer.chat_template()).render(messages=messages, add_generation_prompt=True)
+    assert tokenizer.model.encode(text, add_special_tokens=False).ids == prompt
+
+
+@pytest.mark.parametrize(("name", "reserved"), [("<|reserved_special_token_0|>", True), ("<|eot_id|>", False), ("<|new|>", False)])
+def test_a_token_kept_free_is_recognised_until_a_directory_says_it_is_its_marker(name, reserved, tmp_path):
+    tokenizer = Tokenizer(GOLDEN / "byte_level", marker=name)
+    assert tokenizer.marker_is_reserved is reserved and tokenizer.marker_is_new is (name == "<|new|>")
+    tokenizer.save(tmp_path)
+    assert not Tokenizer(tmp_path).marker_is_reserved  # in use now: its embedding has been trained
 
 
 def test_what_is_not_said_is_the_papers(tmp_path):
@@ -236,6 +261,7 @@ GOOD = {"question": "a", "answer": "b"}
     "row, names",
     [
         (b"{broken", ["not JSON"]),
+        (b"[" * 100_000, ["not JSON"]),
         (b'{"question": "a", "answer": "b"} {}', ["not JSON"]),
         (b'{"question": "\xff", "answer": "b"}', ["not JSON"]),
         (["a", "b"], ["list"]),

@@ -9,6 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+import data
+from model import load_model, save_model
+from sample import sample_traces
+
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.safetensors"))
 KINDS = ["byte_level", "sentencepiece"]
@@ -88,3 +92,20 @@ def test_a_sentencepiece_token_decoded_alone_loses_its_space():
     tok, _, _ = tokenizer("sentencepiece")
     ids = tok.encode("and the end").ids
     assert tok.decode(ids) == "and the end" and " " not in "".join(tok.decode([i]) for i in ids)
+
+
+def test_an_export_is_what_transformers_has_read_and_continued(tmp_path):
+    """expected.json is transformers' reading of the directory: chat template to ids, greedy generation. Ours are the same."""
+    export = GOLDEN / "export"
+    tokenizer, model = data.Tokenizer(export), load_model(export)
+    save_model(model, tmp_path)
+    data.Tokenizer(export).save(tmp_path)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"config.json", "model.safetensors", "nrt.json", "tokenizer.json", "tokenizer_config.json"}
+    assert all((tmp_path / name).read_bytes() == (export / name).read_bytes() for name in files)
+    for case in json.loads((export / "expected.json").read_text()):
+        row = {"messages": [*case["messages"], {"role": "assistant", "content": "gold"}]}
+        turns, _ = data.parse_row(json.dumps(row).encode(), "row")
+        assert tokenizer.encode_prompt(data.render(turns, tokenizer.prompt_format, tokenizer.eos)) == case["prompt"]
+        ((trace,),) = sample_traces(model, [case["prompt"]], 1, len(case["greedy"]), temperature=0)
+        assert trace.ids == case["greedy"]

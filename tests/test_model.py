@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errors import InputError
 from model import Config, Prefix, Transformer, copy_token_rows, load_model, read_config, rope_table, save_model
-from sample import Slots
+from sample import Beginning, Slots
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.safetensors"))
@@ -75,7 +75,8 @@ def test_a_text_read_in_pieces_equals_the_text_read_at_once(name, dtype, toleran
 def test_the_samplers_slots_token_by_token_equal_the_text_read_at_once(name, dtype, tolerance):
     model, tokens = load_model(GOLDEN / name, dtype), golden_tokens(name)
     whole = model(tokens)
-    slots = Slots(model.config, rows=2, capacity=30, like=whole)
+    slots = Slots(model.config, 2, capacity=30, traces=2, like=whole)
+    slots.live.fill_(True)
     slots.kv.fill_(float("nan"))  # what no token has been written to must not be read
     steps = []
     for t in range(24):
@@ -89,10 +90,11 @@ def test_the_samplers_slots_token_by_token_equal_the_text_read_at_once(name, dty
 @torch.no_grad()
 def test_rows_of_different_length_decode_as_if_each_were_alone(name, dtype, tolerance):
     model, tokens = load_model(GOLDEN / name, dtype), golden_tokens(name)
-    lengths, prefix = torch.tensor([3, 14]), Prefix()
+    prefix = Prefix()
     model(torch.stack([tokens[0, :14].where(torch.arange(14) < 3, 7), tokens[1, :14]]), prefix)  # the first row is padded by 11
-    slots = Slots(model.config, rows=4, capacity=24, like=tokens.new_empty(0, dtype=dtype))
-    slots.fill(prefix, lengths, copies=2)
+    slots = Slots(model.config, 4, capacity=24, traces=4, like=tokens.new_empty(0, dtype=dtype))
+    hidden = torch.zeros(model.config.hidden_size, dtype=dtype)
+    slots.refill(range(4), iter([Beginning(i, (3, 14)[i // 2], prefix, i // 2, hidden) for i in range(4)]))
     steps = []
     for t in range(10):
         steps.append(model(torch.stack([tokens[0, 3 + t], tokens[0, 3 + t], tokens[1, 14 + t], tokens[1, 14 + t]])[:, None], slots))
@@ -240,6 +242,7 @@ def test_a_saved_model_loads_bit_for_bit(name, limit, tmp_path):
     model = load_model(GOLDEN / name)
     save_model(model, tmp_path, **({} if limit is None else {"max_shard_bytes": limit}))
     assert_same_weights(load_model(tmp_path), model)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # weights are as readable as config.json
     config, back = model.config, read_config(tmp_path)
     assert {f.name: getattr(back, f.name) for f in fields(Config) if f.name != "source"} == {
         f.name: getattr(config, f.name) for f in fields(Config) if f.name != "source"

@@ -18,11 +18,13 @@ import torch
 import train as train_module
 from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
 from data import Example, Tokenizer
+from distributed import compute_copy, reduce_gradients
 from errors import InputError, TrainingError
+from log import Clock
 from model import Config, Transformer, load_model
 from reward import score
 from sample import Trace, sample_traces
-from train import LENGTH_SCALE, Args, Clock, judge, parse_args, token_weights, train, train_group, truncated_ratio
+from train import LENGTH_SCALE, Args, judge, parse_args, sampler_logp, token_weights, train, train_group, truncated_ratio
 
 ROOT = Path(__file__).parents[1]
 WORDS, MARKER, EOS = (0, 1, 2), 3, 4
@@ -51,7 +53,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def terms_of(scores, traces: list[Trace], advantage: torch.Tensor, weight: torch.Tensor, args: Args) -> torch.Tensor:
-    return train_module.loss_terms(scores, token_weights(scores, traces, advantage, weight, args))
+    log_ratio = scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)
+    return train_module.loss_terms(scores, token_weights(scores, log_ratio, advantage, weight, args))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the estimator
@@ -225,7 +228,8 @@ def test_the_ratio_is_truncated_and_a_token_that_has_left_the_range_gets_no_grad
     ratios = [1.0, 1.2, 0.9, 1.5, 0.5, 1.27]
     trace = Trace(ids, [logp - math.log(ratio) for logp, ratio in zip(own, ratios, strict=True)], finished=False)
     scores = score(model, PROMPT, [trace, trace], ANSWER, MARKER)
-    rho = truncated_ratio(scores, [trace, trace], torch.tensor([1.0, -1.0], dtype=torch.float64))
+    log_ratio = scores.trace_logp.detach() - sampler_logp([trace, trace], scores.trace_logp)
+    rho = truncated_ratio(log_ratio, torch.tensor([1.0, -1.0], dtype=torch.float64))
     expected = [[1.0, 1.2, 0.9, 0.0, 0.8, 1.27], [1.0, 1.2, 0.9, 1.28, 0.0, 1.27]]
     assert torch.allclose(rho, torch.tensor(expected, dtype=torch.float64), atol=1e-9)
     assert not rho.requires_grad
@@ -368,11 +372,43 @@ def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt()
     assert figures["reward"] == pytest.approx([(think - expected.sum().item()) / 3 for think in figures["think"]])
 
 
+@pytest.mark.parametrize("marker", ["<|new|>", "<|reserved_special_token_0|>", "<|eot_id|>"])
+def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_knows_is_left_alone(marker, tmp_path):
+    shutil.copytree(ROOT / "tests/golden/export", tmp_path / "model")
+    (tmp_path / "model/nrt.json").unlink()
+    before = load_model(tmp_path / "model")
+    tokenizer = Tokenizer(tmp_path / "model", marker)
+    after = train_module.initial_model(Args(model=str(tmp_path / "model"), device="cpu"), tokenizer)
+    assert after.config.vocab_size == len(after.lm_head.weight) == max(tokenizer.marker_id + 1, before.config.vocab_size)
+    for ours, theirs in ((after.embed_tokens, before.embed_tokens), (after.lm_head, before.lm_head)):
+        source = tokenizer.marker_id if marker == "<|eot_id|>" else tokenizer.eos_ids[0]
+        assert torch.equal(ours.weight[tokenizer.marker_id], theirs.weight[source])
+        kept = [i for i in range(before.config.vocab_size) if i != tokenizer.marker_id]
+        assert torch.equal(ours.weight[kept], theirs.weight[kept])
+
+
+@pytest.mark.parametrize("micro", [0, 3])
+def test_activation_checkpointing_changes_memory_and_no_gradient(micro):
+    model, args = tiny_model(), Args(questions=1, traces=8, null_loss=0.5, micro_traces=micro)
+    traces = sampled_group(model)
+    plain = group_gradient(model, traces, args)
+    model.activation_checkpointing = True
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        assert torch.equal(group_gradient(model, traces, args), plain)
+    fewer, model.activation_checkpointing = sum(kept), False
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        group_gradient(model, traces, args)
+    assert fewer < sum(kept)
+
+
 def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
     model = tiny_model(dtype=torch.float32)
-    twin = train_module.low_precision_twin(model, "bfloat16")
+    twin = compute_copy(model, torch.bfloat16)
     for _ in range(300):  # 300 gradients of 1 on one weight: bf16 would stop counting at 256
         (twin.norm.weight.sum()).backward()
+    reduce_gradients(model, twin)
     assert torch.equal(model.norm.weight.grad, torch.full((16,), 300.0))
     assert all(p.grad is None for p in twin.parameters()) and all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -521,8 +557,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
 
 def test_a_checkpoint_that_lacks_its_optimizer_is_refused_by_name(plain_run, tmp_path, capsys):
     shutil.copytree(plain_run, tmp_path / "run")
-    (tmp_path / "run/checkpoint-000003/optimizer.safetensors").write_bytes(b"short")
+    (tmp_path / "run/checkpoint-000003/optimizer/shard-00001-model-00001-of-00001.safetensors").write_bytes(b"short")
     assert "checkpoint-000003" in refusal(capsys, "--out", str(tmp_path / "run"), "--resume")
+
+
+def test_a_checkpoint_whose_optimizer_belongs_to_another_model_is_refused_by_name(plain_run, tmp_path, capsys):
+    shutil.copytree(plain_run, tmp_path / "run")
+    shard = tmp_path / "run/checkpoint-000003/optimizer/shard-00001-model-00001-of-00001.safetensors"
+    shutil.copy(Path(Args.model) / "model.safetensors", shard)  # a good file with other tensors in it
+    error = refusal(capsys, "--out", str(tmp_path / "run"), "--resume")
+    assert "checkpoint-000003" in error and "embed_tokens.weight.exp_avg" in error
 
 
 def test_the_command_itself_exits_with_code_2_and_one_line(tmp_path):
@@ -536,3 +580,17 @@ def test_the_command_itself_exits_with_code_2_and_one_line(tmp_path):
 def test_k_1_with_centring_is_refused_by_the_function_too():
     with pytest.raises(InputError, match="traces"):
         advantages(torch.tensor([1.0]), center="mean")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.sh")))
+def test_the_launch_scripts_say_only_what_train_py_understands(script, tmp_path, monkeypatch):
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "m", "DATA": "d", "OUT": "o", "HEAD": "h"}
+    shown = subprocess.run(["bash", ROOT / "examples" / script], env=given, capture_output=True, text=True, check=True).stdout.splitlines()
+    launcher, flags = shown[: shown.index("train.py")], shown[shown.index("train.py") + 1 :]
+    ranks = 16 if "--nnodes" in launcher else 8 if launcher else 1
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(ranks), "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert parse_args(flags).dtype == "bfloat16"  # and no InputError: known flags, shares that divide
