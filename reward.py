@@ -6,7 +6,8 @@
                                         null:      m y*_1 ... y*_{T-1}                          the empty trace, gives null_logp
 
 A branch is fed n_k + T tokens, and the prompt's last hidden state predicts its first. Branches are padded on the right, where causal
-attention never looks; padding is never multiplied by the head, and everything beyond the hidden state is fp32.
+attention never looks; those of very different length go in forwards of their own, so that little is padding, and padding is never
+multiplied by the head. Everything beyond the hidden state is fp32.
 
 The forward that scores is the forward that trains: under grad the same Scores carry the graph. Where K branches do not fit in memory,
 `read_prompt` and `leaves` let each micro-batch of branches run its own backward, and the prompt one at the end (train.py).
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from kernels.logprob import linear_logprob, linear_logprob_loss
 from model import Prefix, Transformer
+
+MAX_PADDING = 0.15  # share of the tokens of a forward
+SMALL_PADDING = 256  # tokens that cost less than a forward of their own
 
 
 @dataclass
@@ -80,8 +84,8 @@ def score(
     prompt: token ids, or a prompt already read. traces: K Traces (sample.py) or plain id lists; one that does not end with the marker
     gets it forced. A cut token (Trace.cut_id) is no context for the answer, but sampling it was an action, and its log-prob counts with
     the trace's: without it the gradient of J would be biased. temperature: of the sampling distribution; it applies to trace and marker,
-    the answer is always scored at 1. micro_traces: branches per forward (0 = all), for scoring without grad in bounded memory; the
-    values do not depend on it.
+    the answer is always scored at 1. micro_traces: most branches per forward (0 = any number), for scoring without grad in bounded memory;
+    the values do not depend on it.
     """
     prompt = prompt if isinstance(prompt, ReadPrompt) else read_prompt(model, prompt)
     branches = [make_branch(trace, marker) for trace in traces] + [Branch((), (), finished=False)] * null
@@ -90,7 +94,7 @@ def score(
     # Equal traces are scored once: late in training most of a group are, and two roundings of one number must not look like a difference.
     distinct = list(dict.fromkeys(branches))
     scored, parts = [], []
-    for batch in micro_batches([len(branch.body) for branch in distinct], micro_traces):
+    for batch in micro_batches([len(branch.body) + len(answer) for branch in distinct], micro_traces):
         scored += [distinct[i] for i in batch]
         parts.append(score_branches(model, prompt, scored[-len(batch) :], answer, marker, temperature, entropy, width))
     row = {branch: i for i, branch in enumerate(scored)}
@@ -199,7 +203,18 @@ def read_branches(
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Splits branches into batches of at most `size` (0 = one batch), longest first, so that neighbours in length share their padding."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    size = size or len(order)
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    """Splits branches into batches of at most `size` (0: any number), longest first, so that neighbours in length share their padding.
+
+    A batch ends where the next branch would make more than MAX_PADDING of it padding, or where it is full.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and len(batches[-1]) != size:
+            batch = [*batches[-1], i]
+            fed = len(batch) * lengths[batch[0]]  # tokens, padding included
+            padding = fed - sum(lengths[j] for j in batch)
+            if padding <= max(MAX_PADDING * fed, SMALL_PADDING):
+                batches[-1] = batch
+                continue
+        batches.append([i])
+    return batches

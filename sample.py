@@ -1,8 +1,9 @@
 """Drawing reasoning traces from the policy, and the command that talks to a trained model.
 
-Each prompt is read once; its keys and values are copied into K rows of static memory ("slots"), and all rows then decode together, one
-token a step, whatever their lengths. A row's randomness is a function of (its question's seed, k) alone, so a trace does not depend on
-what else is in the batch. What is recorded is what was sampled: ids and their log-probs, never text.
+Each prompt is read once; its keys and values are copied into rows of static memory ("slots"), which then decode together, one token a
+step, whatever their lengths. A row whose trace has ended takes the next trace at once. A trace's randomness is a function of (its
+question's seed, k) alone, so it does not depend on what else is in the batch. What is recorded is what was sampled: ids and their
+log-probs, never text.
 
     python sample.py --model DIR --question "..."                  the trace and the answer
     python sample.py --model DIR --question "..." --gold "..."     ... and each gold token, coloured by how much thinking raised it
@@ -10,9 +11,12 @@ what else is in the batch. What is recorded is what was sampled: ids and their l
 """
 
 import argparse
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, groupby
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +24,12 @@ from torch import Tensor
 
 from data import Example, Pairs, Tokenizer, stream_seed
 from errors import InputError, OneLineParser, exit_on_bad_input
+from kernels.logprob import bf16_products
 from model import Config, Prefix, Transformer, load_model
 from reward import score
+
+PROMPT_TOKENS = 16384  # of a batch of prompts read together, padding included
+CHUNK = 256  # tokens whose probabilities are summed before the running sum looks inside
 
 
 @dataclass
@@ -46,44 +54,83 @@ def sample_traces(
     stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     cut_ids: Sequence[int] = (),
+    slots: int = 0,
 ) -> list[list[Trace]]:
     """k traces of at most max_new_tokens for every prompt.
 
     temperature 0 is greedy. stop_ids end a trace and stay in it (the marker: stopping is an action); cut_ids end it and are dropped (eos
     and the like: not a decision to answer). Only sampled tokens stop a trace: an eos inside the prompt does not. seed: one for all, or
-    one per prompt; the same seed gives a prompt the same traces whatever else is sampled beside it.
+    one per prompt; the same seed gives a prompt the same traces whatever else is sampled beside it. slots: rows that decode at a time,
+    0 = as many as half of the free memory holds; the traces do not depend on it.
     """
-    if k < 1 or max_new_tokens < 1 or temperature < 0 or not prompts or not all(prompts):
-        raise InputError("sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1 and temperature >= 0")
-    device, rows = model.lm_head.weight.device, len(prompts) * k
+    if k < 1 or max_new_tokens < 1 or temperature < 0 or slots < 0 or not prompts or not all(prompts):
+        raise InputError("sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1, temperature >= 0 and slots >= 0")
+    weight, traces = model.lm_head.weight, len(prompts) * k
     seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    uniforms = torch.cat([uniform(s, k, max_new_tokens) for s in seeds]).to(device)  # [R, max_new]
+    uniforms = torch.cat([uniform(s, k, max_new_tokens) for s in seeds]).to(weight.device)  # [N, max_new], N = traces
     ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     ends[[token for token in (*stop_ids, *cut_ids) if token < len(ends)]] = True  # a tokenizer may know tokens the model does not
-    ends = ends.to(device)
+    ends, logits = ends.to(weight.device), make_logits(weight)
 
-    # Prompts once each, padded on the right; then every prompt's keys and values into its k rows.
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
-    width = int(lengths.max())
-    padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)  # [B, P]
-    prefix = Prefix()
-    hidden = model(padded, prefix)[torch.arange(len(prompts), device=device), lengths - 1]  # [B, H]
-    slots = Slots(model.config, rows, width + max_new_tokens, like=hidden)
-    slots.fill(prefix, lengths, copies=k)
-    hidden = hidden.repeat_interleave(k, dim=0)  # [R, H]
-
-    ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logp = torch.zeros(rows, max_new_tokens, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        ids[:, step], logp[:, step] = draw(logits(hidden, model.lm_head.weight), temperature, uniforms[:, step])
-        done |= ends[ids[:, step]]
-        if step + 1 == max_new_tokens or bool(done.all()):
+    rows = Slots(model.config, slots, max(map(len, prompts)) + max_new_tokens, traces, weight)
+    ids = torch.zeros(traces, max_new_tokens + 1, dtype=torch.long, device=weight.device)  # the last column is for rows that have ended
+    logp = torch.zeros(traces, max_new_tokens + 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    waiting = read_prompts(model, prompts, k)
+    rows.refill(range(len(rows.live)), waiting)
+    glance = glance_every(weight.device)
+    for step in count(1):
+        token, token_logp = draw(logits(rows.hidden), temperature, uniforms[rows.trace, rows.drawn.clamp(max=max_new_tokens - 1)])
+        column = torch.where(rows.live, rows.drawn, max_new_tokens)
+        ids[rows.trace, column], logp[rows.trace, column] = token, token_logp.to(logp.dtype)
+        rows.drawn += rows.live
+        rows.live &= ~ends[token] & (rows.drawn < max_new_tokens)
+        live = rows.live.tolist() if step % glance == 0 else None  # the only wait for the device
+        if live and not any(live) and not rows.left:
             break
-        hidden = model(ids[:, step : step + 1], slots)[:, 0]  # finished rows decode on, unread: static shapes are worth more
-        slots.advance()
-    traces = [cut(*row, stop_ids, cut_ids) for row in zip(ids[:, : step + 1].tolist(), logp[:, : step + 1].tolist(), strict=True)]
-    return [traces[i : i + k] for i in range(0, rows, k)]
+        rows.hidden = model(token[:, None], rows)[:, 0]
+        rows.advance()
+        if live and not all(live):
+            rows.refill([s for s, alive in enumerate(live) if not alive], waiting)
+    result = [cut(*row, stop_ids, cut_ids) for row in zip(ids[:, :-1].tolist(), logp[:, :-1].tolist(), strict=True)]
+    return [result[i : i + k] for i in range(0, traces, k)]
+
+
+@dataclass
+class Beginning:
+    """Where a trace begins: its prompt has been read, as row `row` of a batch."""
+
+    trace: int
+    length: int  # of the prompt, P
+    prefix: Prefix  # of the batch, [B, Hkv, >= P, D] per layer
+    row: int
+    hidden: Tensor  # [H], predicts the first token
+
+
+def read_prompts(model: Transformer, prompts: Sequence[Sequence[int]], k: int) -> Iterator[Beginning]:
+    """The beginnings of k traces per prompt, in order.
+
+    Every prompt is read once, when its first trace is due, together with those that come after it; its keys and values live until the last
+    of its k traces has started.
+    """
+    at, device = 0, model.lm_head.weight.device
+    while at < len(prompts):
+        size, width = 0, 0
+        while at + size < len(prompts) and (size == 0 or (size + 1) * max(width, len(prompts[at + size])) <= PROMPT_TOKENS):
+            width = max(width, len(prompts[at + size]))
+            size += 1
+        batch, prefix = prompts[at : at + size], Prefix()
+        padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in batch], device=device)  # [B, P], padded on the right
+        hidden = model(padded, prefix)  # [B, P, H]
+        hidden = [hidden[row, len(prompt) - 1].clone() for row, prompt in enumerate(batch)]
+        for row, prompt in enumerate(batch):
+            for trace in range((at + row) * k, (at + row + 1) * k):
+                yield Beginning(trace, len(prompt), prefix, row, hidden[row])
+        at += size
+
+
+def glance_every(device: torch.device) -> int:
+    """Tokens between two looks at which rows have ended: each look waits for a GPU; a CPU had rather not decode what nobody wants."""
+    return 16 if device.type == "cuda" else 1
 
 
 def uniform(seed: int, k: int, count: int) -> Tensor:
@@ -91,29 +138,45 @@ def uniform(seed: int, k: int, count: int) -> Tensor:
     return torch.rand(k, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [R, H], weight [V, H] -> fp32 logits [R, V] (fp64 for an fp64 model), never rounded to bf16 where the device can avoid it."""
-    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    wide = F.linear(hidden, weight)
-    return wide if wide.dtype == torch.float64 else wide.float()
+def make_logits(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """weight [V, H] -> the function hidden [S, H] -> logits [S, V] in fp32 (fp64 for an fp64 model), never rounded to 16 bits."""
+    if weight.element_size() > 2:
+        return lambda hidden: F.linear(hidden, weight)
+    if weight.is_cuda:
+        return lambda hidden: torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    wide = weight.float()  # once, not at every token
+
+    def logits(hidden: Tensor) -> Tensor:
+        with bf16_products(weight.dtype):
+            return F.linear(hidden.float(), wide)
+
+    return logits
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: logits [R, V], uniform [R] in [0, 1) -> token [R], logp [R].
+    """One token per row and its log-prob: logits [S, V], uniform [S] in [0, 1) -> token [S], logp [S].
 
-    Inverse-CDF sampling: one random number per token, whatever the vocabulary. The running sum is fp64: in fp32 it would lose every
-    token less likely than 1e-7.
+    Inverse-CDF sampling in two stages, which token's chunk and which token of it: one random number per token, one exp per logit. The
+    running sums are fp64: in fp32 they would lose every token less likely than 1e-7.
     """
-    logp = (logits / (temperature or 1.0)).log_softmax(dim=-1)
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    peak = scaled.amax(dim=1, keepdim=True)  # [S, 1]
+    mass = F.pad((scaled - peak).exp_(), (0, -scaled.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))  # [S, C, CHUNK]
+    by_chunk = mass.sum(dim=2, dtype=torch.float64)  # [S, C]
+    upto = by_chunk.cumsum(dim=1)
+    total = upto[:, -1:]
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = scaled.argmax(dim=1, keepdim=True)
     else:
-        cdf = logp.double().exp().cumsum(dim=-1)
-        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1
-        )  # NaN logits stay in range
-    return token, logp.gather(1, token[:, None])[:, 0]
+        target = uniform[:, None] * total
+        chunk = torch.searchsorted(upto, target, right=True).clamp(max=upto.shape[1] - 1)  # clamp: NaN logits stay in range
+        inside = mass.gather(1, chunk[:, :, None].expand(-1, -1, CHUNK))[:, 0].double().cumsum(dim=1)  # [S, CHUNK]
+        rest = target - (upto - by_chunk).gather(1, chunk)
+        rest = rest.clamp(min=0).minimum(inside[:, -1:] * (1 - 2**-52))  # by rounding it could lie beyond the chunk's last possible token
+        token = chunk * CHUNK + torch.searchsorted(inside, rest, right=True)
+        token = token.clamp(max=logits.shape[1] - 1)
+    logp = (scaled.gather(1, token) - peak).double() - total.log()
+    return token[:, 0], logp[:, 0].to(logits.dtype)
 
 
 def cut(ids: list[int], logp: list[float], stop_ids: Sequence[int], cut_ids: Sequence[int]) -> Trace:
@@ -127,33 +190,79 @@ def cut(ids: list[int], logp: list[float], stop_ids: Sequence[int], cut_ids: Seq
 
 
 class Slots:
-    """Static key/value memory for R rows that decode together: [R, Hkv, capacity, D] per layer, of which row r holds length[r] places."""
+    """S rows that decode together in static memory, [S, Hkv, capacity, D] keys and values per layer; each holds a trace in the making.
 
-    def __init__(self, config: Config, rows: int, capacity: int, like: Tensor) -> None:
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.length = torch.zeros(rows, dtype=torch.long, device=like.device)  # [R] tokens held
-        self.used = 0  # no row holds more places than this; what lies beyond is not read
+    All that changes from token to token is a tensor on the model's device, so nothing waits for it. A row whose trace has ended takes the
+    next one; once there are none, and half of the rows idle, the others close ranks.
+    """
 
-    def fill(self, prefix: Prefix, lengths: Tensor, copies: int) -> None:
-        """Copies B right-padded prompts into `copies` rows each. A row overwrites the padding as it grows, and never sees it before."""
-        for layer, (k, v) in enumerate(prefix.kv):
-            self.kv[layer, 0, :, :, : prefix.length] = k.repeat_interleave(copies, dim=0)
-            self.kv[layer, 1, :, :, : prefix.length] = v.repeat_interleave(copies, dim=0)
-        self.length.copy_(lengths.repeat_interleave(copies))
-        self.used = prefix.length
+    def __init__(self, config: Config, count: int, capacity: int, traces: int, like: Tensor) -> None:
+        """count 0: as many as half of the free memory holds."""
+        shape = (config.num_hidden_layers, 2, 1, config.num_key_value_heads, capacity, config.head_dim)
+        count = min(traces, count or max(1, free_memory(like.device) // 2 // (math.prod(shape) * like.element_size())))
+        self.kv = like.new_zeros((*shape[:2], count, *shape[3:]))  # zeros: what is masked is still multiplied by 0, which NaN is not
+        self.hidden = like.new_zeros(count, config.hidden_size)  # [S, H], predicts the next token
+        self.trace = torch.zeros(count, dtype=torch.long, device=like.device)  # [S] whom the row works for
+        self.drawn = torch.zeros_like(self.trace)  # [S] tokens drawn
+        self.length = torch.zeros_like(self.trace)  # [S] tokens held, the prompt's included
+        self.live = torch.zeros(count, dtype=torch.bool, device=like.device)  # [S] the trace has not ended
+        self.left = traces  # that have not begun
+        self.steps, self.lead = 0, [0] * count  # a row holds steps + lead tokens, or less if it has ended: known without asking the device
+
+    def refill(self, free: Sequence[int], waiting: Iterator[Beginning]) -> None:
+        """Begins the next traces in the rows that are free. A row overwrites its prompt's padding as it grows, and never sees it before."""
+        begun = list(zip(free, waiting, strict=False))
+        self.left -= len(begun)
+        for _, group in groupby(begun, key=lambda pair: id(pair[1].prefix)):
+            slots, begins = zip(*group, strict=True)
+            slot, row, trace, length = torch.tensor(
+                [slots, *zip(*((begin.row, begin.trace, begin.length) for begin in begins), strict=True)], device=self.trace.device
+            )
+            for (keys, values), (k, v) in zip(self.kv, begins[0].prefix.kv, strict=True):
+                keys[slot, :, : k.shape[2]], values[slot, :, : v.shape[2]] = k[row], v[row]
+            self.hidden[slot] = torch.stack([begin.hidden for begin in begins])
+            self.trace[slot], self.length[slot], self.drawn[slot], self.live[slot] = trace, length, 0, True
+        for slot, begin in begun:
+            self.lead[slot] = begin.length - self.steps
+        idle = set(free[len(begun) :])
+        busy = [slot for slot in range(len(self.lead)) if slot not in idle]
+        if busy and 2 * len(busy) <= len(self.lead):
+            self.keep(busy)
+
+    def keep(self, slots: list[int]) -> None:
+        """Only these rows go on."""
+        at = torch.tensor(slots, device=self.trace.device)
+        self.kv = self.kv[:, :, at]
+        self.hidden, self.trace, self.drawn, self.length, self.live = (
+            tensor[at] for tensor in (self.hidden, self.trace, self.drawn, self.length, self.live)
+        )
+        self.lead = [self.lead[slot] for slot in slots]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token per row, k and v [R, Hkv, 1, D], at the row's own place -> all places in use, [R, Hkv, used + 1, D]."""
-        place = self.length.view(-1, 1, 1, 1).expand(k.shape)
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]
-        keys.scatter_(2, place, k)  # scatter_, not indexing: 40 times faster on a CPU
-        values.scatter_(2, place, v)
-        return keys[:, :, : self.used + 1], values[:, :, : self.used + 1]
+        """Writes one token per row, k and v [S, Hkv, 1, D], at the row's own place -> all places in use, [S, Hkv, used, D]."""
+        _, _, count, heads, capacity, size = self.kv.shape
+        if layer == 0:  # the same places in every layer, in memory seen as [S Hkv capacity, D]
+            self.places = torch.arange(count * heads, device=k.device) * capacity + self.length.repeat_interleave(heads)
+        keys, values = self.kv[layer]
+        keys.view(-1, size).index_copy_(0, self.places, k.reshape(-1, size))
+        values.view(-1, size).index_copy_(0, self.places, v.reshape(-1, size))
+        used = self.steps + max(self.lead) + 1
+        return keys[:, :, :used], values[:, :, :used]
 
     def advance(self) -> None:
-        self.length += 1
-        self.used += 1
+        """The token just appended is kept where the trace goes on; an ended row writes over its last one."""
+        self.length += self.live
+        self.steps += 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not Linux
+        return 8 * 10**9
 
 
 # ---------------------------------------------------------------------------------------------------------------- evaluation

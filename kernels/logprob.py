@@ -30,6 +30,8 @@ Two backends do the chunk work and share everything else: "torch" below runs any
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -331,8 +333,8 @@ class Plain:
 
 
 # ---- products summed in fp32 -----------------------------------------------------------------------------------------------------
-# On CUDA the tensor cores take 16-bit operands and can hand over their fp32 sums (out_dtype). Everywhere else a product of 16-bit
-# operands would be rounded to 16 bits, so the operands of a chunk are widened first.
+# 16-bit operands at full speed, fp32 sums. CUDA's tensor cores can hand those over (out_dtype). On a CPU the logits, which the reward is
+# made of, are worth widening the operands of a chunk; gradients, which end in 16 bits anyway, are not: twice the time for nothing.
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -343,24 +345,41 @@ def _tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2
 
 
+@contextmanager
+def bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Lets a CPU multiply fp32 matrices as bf16 and sum in fp32 if `dtype`, what their numbers came from, is bf16: nothing is rounded then.
+
+    Measured on 2 cores with bf16 instructions (H = 576): 0.55 of the time at 32 rows, 0.9 at 953.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def _logits(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x [n, H], w [c, H] -> x w^T [n, c] in fp32 or fp64."""
     if _tensor_cores(x):
         return torch.mm(x, w.T, out_dtype=torch.float32, out=out)
-    return torch.mm(x.to(_wide(x)), w.to(_wide(x)).T, out=out)
+    with bf16_products(x.dtype):
+        return torch.mm(x.to(_wide(x)), w.to(_wide(x)).T, out=out)
 
 
 def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, rounded once to out's dtype."""
-    if _tensor_cores(b) or out.dtype == _wide(out):
-        torch.mm(a.to(b.dtype), b, out=out)
-    else:
-        out.copy_(torch.mm(a.to(_wide(b)), b.to(_wide(b))))
+    """out = a b in the dtype of out and b, rounded once."""
+    torch.mm(a.to(b.dtype), b, out=out)
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, total in fp32 or fp64."""
+    """total += a b, total in fp32 or fp64. On a CPU each 16-bit chunk is rounded before it is added."""
     if _tensor_cores(b):
         torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+    elif b.dtype == total.dtype:
+        total.addmm_(a, b)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.add_(torch.mm(a.to(b.dtype), b))

@@ -1,6 +1,7 @@
 """Scores with the prompt read once, against one full row per trace through the plain model and a full log-softmax, in float64."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -325,6 +326,39 @@ def test_micro_batches_take_every_branch_once_and_the_longest_first(size):
     order = [i for batch in batches for i in batch]
     assert sorted(order) == list(range(5)) and [lengths[i] for i in order] == sorted(lengths, reverse=True)
     assert all(len(batch) == (size or 5) for batch in batches[:-1]) and 1 <= len(batches[-1]) <= (size or 5)
+
+
+@pytest.mark.parametrize("size", [0, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_forward_is_more_padding_than_allowed_and_none_could_be_joined_to_the_one_before(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (2 ** (4 + 7 * torch.rand(33, generator=generator))).long().tolist()  # 16 to 2048 tokens
+    batches = micro_batches(lengths, size)
+
+    def padding(batch: list[int]) -> tuple[int, int]:
+        fed = len(batch) * max(lengths[i] for i in batch)
+        return fed - sum(lengths[i] for i in batch), fed
+
+    for batch in batches:
+        wasted, fed = padding(batch)
+        assert wasted <= 256 or wasted <= 0.15 * fed
+    for before, after in pairwise(batches):
+        wasted, fed = padding([*before, after[0]])
+        assert len(before) == size or (wasted > 256 and wasted > 0.15 * fed)
+    assert 4 < len(batches) < 33
+
+
+def test_neither_values_nor_gradients_depend_on_which_branches_share_a_forward(monkeypatch):
+    model, f = tiny("plain"), functional()
+    together = score(model, PROMPT, TRACES, ANSWER, MARKER)
+    expected, forwards = gradients(model, f(together)), []
+    model.zero_grad()
+    monkeypatch.setattr(reward, "SMALL_PADDING", 0)
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    apart = score(model, PROMPT, TRACES, ANSWER, MARKER)
+    assert len(forwards) > 3
+    assert_same_scores(apart, together)
+    assert_same_gradients(gradients(model, f(apart)), expected)
 
 
 def test_padding_is_never_multiplied_by_the_head(monkeypatch):

@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
+import sample as sample_module
 from data import Example, Tokenizer, stream_seed
 from errors import InputError
 from model import Transformer, load_model, save_model
@@ -56,13 +57,14 @@ def test_tokens_are_drawn_with_exactly_their_probabilities(temperature):
     probability = (LOGITS / temperature).softmax(0)
     count = torch.bincount(token, minlength=8)
     assert ((count - grid * probability).abs() <= 1).all()  # an interval of that length holds as many grid points, give or take one
-    assert torch.equal(logp, (LOGITS / temperature).log_softmax(0)[token])
+    assert torch.allclose(logp, (LOGITS / temperature).log_softmax(0)[token], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_token_owns_one_interval_of_its_length_however_small(dtype):
     logits = torch.tensor([20.0, -1.0, 19.0, 0.5, float("-inf"), -2.0], dtype=dtype)
-    probability = logits.log_softmax(0).double().exp()  # down to 2e-10; a fp32 sum would lose what is below 1e-7
+    probability = (logits - logits.max()).exp().double()  # down to 2e-10; a fp32 sum would lose what is below 1e-7
+    probability /= probability.sum()
     ends = probability.cumsum(0) / probability.sum()
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     possible = torch.tensor([0, 1, 2, 3, 5])
@@ -93,7 +95,7 @@ def test_temperature_zero_takes_the_most_likely_token_and_records_its_plain_log_
     for u in (0.0, 0.5, 0.999):
         token, logp = draw(logits, 0.0, torch.full((2,), u, dtype=torch.float64))
         assert token.tolist() == [4, 3]
-        assert torch.equal(logp, LOGITS.log_softmax(0)[[4, 4]])
+        assert torch.allclose(logp, LOGITS.log_softmax(0)[[4, 4]], rtol=0, atol=1e-15)
 
 
 def test_uniform_numbers_are_a_function_of_the_seed_and_lie_below_one():
@@ -152,6 +154,88 @@ def test_a_prompts_traces_do_not_depend_on_what_is_sampled_beside_it():
         for i, group in zip(order, again, strict=True):
             for trace, expected in zip(group, together[i], strict=True):
                 assert_same(trace, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 11, 12, 100])
+@pytest.mark.parametrize("prompt_tokens", [1, 20, 10**6])
+def test_traces_do_not_depend_on_the_number_of_slots_nor_on_which_prompts_are_read_together(slots, prompt_tokens, temperature, monkeypatch):
+    monkeypatch.setattr(sample_module, "PROMPT_TOKENS", prompt_tokens)
+    model, ends = tiny.model(3), {"stop_ids": [0], "cut_ids": [9]}
+    expected = sample_traces(model, PROMPTS, 3, 12, temperature, seed=SEEDS, **ends)
+    for group, other in zip(sample_traces(model, PROMPTS, 3, 12, temperature, seed=SEEDS, slots=slots, **ends), expected, strict=True):
+        for trace, same in zip(group, other, strict=True):
+            assert_same(trace, same)
+
+
+@pytest.mark.parametrize("glance", [1, 2, 7, 16])
+def test_traces_do_not_depend_on_how_often_the_device_is_waited_for(glance, monkeypatch):
+    model, ends = tiny.model(3), {"stop_ids": [0], "cut_ids": [9]}
+    expected = sample_traces(model, PROMPTS, 3, 12, seed=SEEDS, slots=4, **ends)
+    monkeypatch.setattr(sample_module, "glance_every", lambda device: glance)
+    for group, other in zip(sample_traces(model, PROMPTS, 3, 12, seed=SEEDS, slots=4, **ends), expected, strict=True):
+        for trace, same in zip(group, other, strict=True):
+            assert_same(trace, same)
+
+
+def test_every_prompt_is_read_once_and_an_ended_rows_slot_takes_the_next_trace_at_once():
+    model, shapes = line(1, 2, 3, 4, 5), []
+    model.register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
+    groups = sample_traces(model, [[4], [1], [3], [2]], 2, 9, stop_ids=[5], slots=2)
+    assert [len(group[0].ids) for group in groups] == [1, 4, 2, 3]
+    assert shapes[0] == (4, 1) and set(shapes[1:]) == {(2, 1)}  # all prompts in one batch, then two rows at a time
+    assert len(shapes) - 1 == 1 + 4 + 2 + 3 - 1  # as many steps as one row's traces have tokens; the last token is not fed
+
+
+def test_rows_close_ranks_when_half_of_them_idle():
+    model, rows = line(1, 2, 3, 4, 5, 6), []
+    model.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    groups = sample_traces(model, [[1], [4], [4], [5]], 1, 9, stop_ids=[6])
+    assert [len(group[0].ids) for group in groups] == [5, 2, 2, 1]
+    assert rows == [4, 4, 4, 1, 1]  # prompts; 4 rows; 3 live of 4; one
+
+
+def test_no_more_places_are_read_than_the_longest_row_holds(monkeypatch):
+    """A trace that begins late in a run pays for its own length, not for all the tokens that were sampled before it."""
+    read, append = [], sample_module.Slots.append
+
+    def watched(self, *arguments):
+        keys, values = append(self, *arguments)
+        read.append((keys.shape[2], int(self.length.max()) + 1))
+        return keys, values
+
+    monkeypatch.setattr(sample_module.Slots, "append", watched)
+    sample_traces(line(1, 2, 3, 4, 5), [[4], [1], [3], [2], [1]], 2, 9, stop_ids=[5], slots=2)
+    assert all(places == longest for places, longest in read) and max(places for places, _ in read) == 5
+
+
+def test_slots_default_to_what_half_of_the_free_memory_holds(monkeypatch):
+    model, rows = tiny.model(3), []
+    model.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    config, capacity = model.config, max(map(len, PROMPTS)) + 9
+    row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * capacity * 8
+    for fitting, expected in ((0.5, 1), (5.5, 5), (50, 12)):
+        monkeypatch.setattr(sample_module, "free_memory", lambda device, fitting=fitting: int(2 * fitting * row_bytes))
+        rows.clear()
+        sample_traces(model, PROMPTS, 3, 9)
+        assert rows[1] == expected
+
+
+def test_bf16_logits_are_never_rounded_to_bf16():
+    hidden, weight = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (5, 300))
+    exact = hidden.double() @ weight.double().T
+    logits = sample_module.make_logits(weight)(hidden)
+    assert logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-5 < (exact.bfloat16() - exact).abs().max()
+
+
+def test_a_large_vocabulary_is_drawn_from_like_a_small_one():
+    """Over several chunks, the last one ragged: the token whose interval of the running sum holds the number, in fp64."""
+    logits = 3 * torch.randn(64, 3 * sample_module.CHUNK + 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    uniforms = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    token, _ = draw(logits, 0.8, uniforms)
+    cdf = (logits / 0.8).softmax(1).cumsum(1)
+    assert torch.equal(token, torch.searchsorted(cdf, uniforms[:, None], right=True)[:, 0])
+    assert len(set((token // sample_module.CHUNK).tolist())) == 4
 
 
 def test_the_first_traces_do_not_depend_on_how_many_there_are():
