@@ -13,13 +13,9 @@ fails or runs out of memory says so in its row.
 """
 
 import argparse
-import datetime
 import functools
 import gc
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from bench.machine import circumstances, headline, save  # noqa: E402
 from kernels.logprob import linear_logprob, linear_logprob_loss  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -300,26 +297,7 @@ def measure_variants(shape: tuple[int, int, int], rounds: int) -> list[dict]:
     return rows
 
 
-# ---- the machine, the table --------------------------------------------------------------------------------
-
-
-def device_name() -> str:
-    if CUDA:
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{model.group(1) if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
+# ---- the table --------------------------------------------------------------------------------
 
 
 def show(row: dict) -> str:
@@ -366,7 +344,7 @@ def main() -> None:
     shapes = GPU_SHAPES[: 1 if args.quick or args.variants else None] if CUDA else CPU_QUICK if args.quick else CPU_SHAPES
     if args.variants and not (CUDA and torch.cuda.get_device_capability()[0] == 9):
         sys.exit("error: --variants needs a Hopper GPU (compute capability 9.0)")
-    load = os.getloadavg() if hasattr(os, "getloadavg") else ()
+    result = circumstances(DEVICE, "triton")
     rows = []
     for i, shape in enumerate(shapes):
         print(f"N, H, V = {shape}", file=sys.stderr, flush=True)
@@ -374,21 +352,12 @@ def main() -> None:
         if i == 0 and not args.quick and not args.variants:
             for zero, temperature in ((0.5, 1.0), (0.9, 1.0), (0.0, 0.7)) if CUDA else ((0.9, 1.0),):
                 rows += measure(shape, max(3, rounds // 2), zero, temperature, memory=False)
-    result = dict(
-        device=device_name(), date=datetime.date.today().isoformat(), versions=versions(), threads=torch.get_num_threads(),
-        dtype="bf16" if CUDA else "fp32", rounds=rounds, command="python bench/logprob.py " + " ".join(sys.argv[1:]), rows=rows,
-    )  # fmt: skip
+    result |= dict(dtype="bf16" if CUDA else "fp32", rounds=rounds, command="python bench/logprob.py " + " ".join(sys.argv[1:]), rows=rows)
     if not CUDA:
         result["bars"] = bars(rows)
-        result["load_average"] = [round(load, 1) for load in load]  # above zero: somebody else was computing too
-    threads = "" if CUDA else f"-{result['threads']}-threads"
-    kind = "-quick" if args.quick else "-variants" if args.variants else ""
-    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = ROOT / "bench" / "results" / f"logprob-{name}-{result['date']}{threads}{kind}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = save("logprob", result, "quick" if args.quick else "variants" if args.variants else "")
 
-    print(f"{result['device']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; {result['threads']} threads; {path.name}")
+    print(f"{headline(result)}; {path.name}")
     print(HEADER)
     for row in rows:
         print(show(row))
