@@ -32,7 +32,7 @@ def main(nrt: str, sft: str, out: str) -> None:
         accuracy.plot(*curve(log, "eval_accuracy"), color=colour, marker="o", label=label)
         gain.plot(*curve(log, "eval_gain"), color=colour, marker="o", label=label)
     accuracy.set(title="held-out exact match", xlabel="step (16 questions)", ylim=(0, 1.02))
-    gain.set(title="gain: log-prob of the gold answer, thinking minus not", xlabel="step (16 questions)", ylabel="nats per answer")
+    gain.set(title="what thinking adds to the gold answer", xlabel="step (16 questions)", ylabel="gain, nats per answer")
     gain.axhline(0, color="0.7", linewidth=0.8)
     accuracy.legend(frameon=False)
     for axes in (accuracy, gain):
