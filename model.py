@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from errors import InputError
 
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.activation_checkpointing = False  # True: keep a layer's input, q, k, v; the backward pass computes the rest again
+        self.activation_checkpointing = "none"  # one of KEEP
 
     def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
         """Hidden states after the final norm.
@@ -184,9 +184,9 @@ class Transformer(nn.Module):
         hidden = self.embed_tokens(tokens)  # [B, L, H]
         rope = rope_table(positions, self.config, hidden.dtype)
         mask = lru_cache(lambda slots: visible(positions, slots, self.config.sliding_window))  # all layers share one mask
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rope, mask, past, index, recompute)
+            hidden = layer(hidden, rope, mask, past, index, run)
         return self.norm(hidden)
 
     def held(self, past: Past, batch: int) -> int | Tensor:
@@ -207,19 +207,30 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Callable, past: Past | None, index: int, recompute: bool
-    ) -> Tensor:
-        q, k, v = self.self_attn.project(self.input_layernorm(hidden), rope)
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Callable, past: Past | None, index: int, run: Callable) -> Tensor:
+        q, k, v = run(self.begin, hidden, rope)
         if past is not None:
-            k, v = past.append(index, k, v)  # [B, Hkv, S, D]
-        if recompute:  # from here on: what stands above is needed by the branches anyway, and `append` must not run twice
-            return checkpoint(self.finish, hidden, q, k, v, mask(k.shape[2]), use_reentrant=False)
-        return self.finish(hidden, q, k, v, mask(k.shape[2]))
+            k, v = past.append(index, k, v)  # [B, Hkv, S, D]; between the two, as the backward pass must not append again
+        return run(self.finish, hidden, q, k, v, mask(k.shape[2]))
+
+    def begin(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(self.input_layernorm(hidden), rope)
 
     def finish(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         hidden = hidden + self.self_attn(q, k, v, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+# What the backward pass finds ready, by the name of --activation-checkpointing; the rest it computes again. "selective" keeps what is
+# expensive to compute, the products of matrices (they are half of the memory), "full" no more than a layer's input and q, k, v.
+PRODUCTS = {"mm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"}
+PRODUCTS |= {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"}
+SELECTED = partial(create_selective_checkpoint_contexts, [getattr(torch.ops.aten, name).default for name in PRODUCTS])
+KEEP: dict[str, Callable] = {
+    "none": lambda function, *inputs: function(*inputs),
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=SELECTED),
+    "full": partial(checkpoint, use_reentrant=False),
+}
 
 
 class Attention(nn.Module):

@@ -38,7 +38,7 @@ from data import Example, Pairs, Tokenizer, next_examples, stream_seed
 from distributed import compute_copy, from_all, gather, own_share, rank, reduce_gradients, restarted, start, stop, world_size
 from errors import InputError, OneLineParser, TrainingError, exit_on_bad_input
 from log import Clock, Log, group_figures, summary
-from model import Config, Transformer, copy_token_rows, load_model, whole
+from model import KEEP, Config, Transformer, copy_token_rows, load_model, whole
 from reward import Scores, branch_loss, micro_batches, read_prompt, score
 from sample import Trace, evaluate, sample_traces
 
@@ -74,9 +74,10 @@ class Args:
     marker_weight: float = arg(0.3, "lambda, cross-entropy on a forced marker, as in the paper")
     updates: int = arg(1, "optimizer updates per step, each on its share of the questions (paper: 4); > 1 turns on the truncated ratio")
     micro_traces: int = arg(0, "traces per backward, 0 = all; fewer = less memory, one more forward pass, the same gradient")
-    activation_checkpointing: bool = arg(False, "keep a layer's input, q, k, v and compute the rest again: less memory, more time")
+    activation_checkpointing: str = arg("none", "compute again in the backward pass: all but matrix products, or all", list(KEEP))
     max_trace: int = arg(48, "tokens a trace may have before the marker is forced (paper: 2048)")
     slots: int = arg(0, "traces sampled at a time, 0 = as many as half of the free memory holds; the traces do not depend on it")
+    cuda_graphs: bool = arg(False, "record decode steps as CUDA graphs and replay them; off, as it has not been tried on a GPU yet")
     max_prompt: int = arg(4096, "longer prompts are skipped and counted")
     max_answer: int = arg(2047, "longer answers are skipped and counted (paper: trace + marker + answer <= 4096)")
     temperature: float = arg(1.0, "of sampling; at 1 the trace is drawn from the policy that is trained")
@@ -148,6 +149,8 @@ def check_args(args: Args) -> None:
         raise InputError("--resume and --overwrite contradict each other")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: no such device here; cpu is")
+    if args.cuda_graphs and args.device != "cuda":
+        raise InputError(f"--cuda-graphs: there are none on --device {args.device}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- the loop
@@ -239,7 +242,7 @@ def sample_groups(policy: Transformer, tokenizer: Tokenizer, examples: list[Exam
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(args.seed, step, example.index) for example in examples]
     stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
-    return sample_traces(policy, prompts, args.traces, args.max_trace, args.temperature, stop, seeds, cut, args.slots)
+    return sample_traces(policy, prompts, args.traces, args.max_trace, args.temperature, stop, seeds, cut, args.slots, args.cuda_graphs)
 
 
 def evaluate_together(policy: Transformer, tokenizer: Tokenizer, held_out: list[Example], max_trace: int) -> dict[str, float]:

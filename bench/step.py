@@ -16,6 +16,7 @@ T = 48 in brackets):
                   null think, no graph, K times over: K (P + T)      [1152]
                   update, with its graph: K (P + n + T)              [1664]    one micro-batch of K rows per question
     transformers  as dense; its own model, attention and generate()
+    selective     ours with --activation-checkpointing selective, and full: what less memory costs
 
 Sampling: ours reads a prompt once and copies its keys and values, the others read it in each of the K rows. The peers hold fp32 logits
 [K, n + 1 + T, V] and their log_softmax; ours never forms logits (kernels/logprob.py), but computes the trace's entropy as well, as
@@ -141,9 +142,11 @@ def sample_ours(policy: nn.Module, work: Work) -> list[list[Trace]]:
     return sample_traces(policy, [e.prompt for e in work.examples], work.args.traces, work.args.max_trace, seed=seeds)
 
 
-def gradient_ours(policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps) -> None:
+def gradient_ours(policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps, keep: str = "none") -> None:
+    policy.activation_checkpointing = keep
     for example, traces in zip(work.examples, groups, strict=True):
         train_group(policy, example, traces, None, work.marker, work.args, laps)
+    policy.activation_checkpointing = "none"  # others compute with the same model
 
 
 # ---- the peers: every row has a prompt of its own ----------------------------------------------------------------------------
@@ -218,6 +221,8 @@ class Contender:
 
 CONTENDERS = {
     "ours": Contender(load_native, sample_ours, gradient_ours),
+    "selective": Contender(load_native, sample_ours, partial(gradient_ours, keep="selective")),
+    "full": Contender(load_native, sample_ours, partial(gradient_ours, keep="full")),
     "dense": Contender(load_native, sample_dense, partial(gradient_repeated, logits_dense)),
     "transformers": Contender(load_transformers, sample_generate, partial(gradient_repeated, logits_transformers)),
 }
@@ -431,7 +436,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=48, help="T, tokens of an answer (48)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the computation (bfloat16)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one, else cpu")
-    parser.add_argument("--peer", nargs="+", choices=["none", "dense", "transformers"], default=["dense"], help="beside ours (dense)")
+    parser.add_argument("--peer", nargs="+", choices=["none", *list(CONTENDERS)[1:]], default=["dense"], help="beside ours (dense)")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each (3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sweep", action="store_true", help="ours alone, as traces, prompt and trace length grow")

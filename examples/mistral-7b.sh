@@ -10,7 +10,7 @@ flags=(
   --eval-data "${EVAL:-}"
   --out "${OUT:-runs/mistral-7b}"
   --dtype bfloat16
-  --activation-checkpointing
+  --activation-checkpointing full
   --marker '[control_8]'           # one of the 768 control tokens v0.3 keeps free; v0.1 has none: leave the flag out, a token is added
   --questions 256 --updates 4 --traces 8 --micro-traces 2   # a head of 32k tokens is a quarter of Llama's: two branches at a time
   --max-trace 2048 --max-prompt 4096 --max-answer 2047

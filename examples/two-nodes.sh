@@ -9,7 +9,7 @@ flags=(
   --model "${MODEL:?a Hugging Face directory that both machines see under this path}"
   --data "${DATA:?question-answer pairs, JSONL, likewise}"
   --out "${OUT:?a folder on a file system both machines share}"
-  --dtype bfloat16 --activation-checkpointing
+  --dtype bfloat16 --activation-checkpointing full
   --questions 256 --updates 4      # 64 questions an update: 4 on each of 16 GPUs
   --traces 8 --micro-traces 1 --max-trace 2048
   --lr 2e-6 --steps 810 --save-every 20

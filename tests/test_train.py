@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
 from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
@@ -21,7 +22,7 @@ from data import Example, Tokenizer
 from distributed import compute_copy, reduce_gradients
 from errors import InputError, TrainingError
 from log import Clock
-from model import Config, Transformer, load_model
+from model import KEEP, Config, Transformer, load_model
 from reward import score
 from sample import Trace, sample_traces
 from train import LENGTH_SCALE, Args, judge, parse_args, sampler_logp, token_weights, train, train_group, truncated_ratio
@@ -387,20 +388,41 @@ def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_kn
         assert torch.equal(ours.weight[kept], theirs.weight[kept])
 
 
-@pytest.mark.parametrize("micro", [0, 3])
-def test_activation_checkpointing_changes_memory_and_no_gradient(micro):
-    model, args = tiny_model(), Args(questions=1, traces=8, null_loss=0.5, micro_traces=micro)
-    traces = sampled_group(model)
-    plain = group_gradient(model, traces, args)
-    model.activation_checkpointing = True
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        assert torch.equal(group_gradient(model, traces, args), plain)
-    fewer, model.activation_checkpointing = sum(kept), False
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        group_gradient(model, traces, args)
-    assert fewer < sum(kept)
+class CountProducts(TorchDispatchMode):
+    """Counts the matrix products that run, and the bytes they produce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function in (torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default):
+            self.count += 1
+            self.bytes += sum(t.nbytes for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor))
+        return result
+
+
+def test_activation_checkpointing_changes_memory_and_no_gradient():
+    model, args = tiny_model(), Args(questions=1, traces=8, null_loss=0.5)
+    traces, products, held = sampled_group(model), {}, {}
+    plain = {micro: group_gradient(model, traces, replace(args, micro_traces=micro)) for micro in (0, 3)}
+    for mode in KEEP:
+        model.activation_checkpointing = mode
+        for micro in plain:
+            assert torch.equal(group_gradient(model, traces, replace(args, micro_traces=micro)), plain[micro]), (mode, micro)
+
+        saved: dict[int, int] = {}  # bytes by address: all of it is alive at once
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.update({t.data_ptr(): t.nbytes}) or t, lambda t: t)
+        with CountProducts() as forward, keep:
+            answer_logp = score(model, PROMPT, traces, ANSWER, MARKER).answer_logp
+        held[mode] = sum(saved.values()) + (forward.bytes if mode == "selective" else 0)
+        with CountProducts() as backward:
+            answer_logp.sum().backward()
+        products[mode] = backward.count
+        model.zero_grad()
+    assert held["full"] < held["selective"] < held["none"]
+    assert products["none"] == products["selective"] < products["full"]  # only "full" computes a product twice
 
 
 def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
@@ -520,6 +542,8 @@ def refusal(capsys, *argv: str) -> str:
         (["--marker", "<end>"], "<end>"),
         (["--prompt-format", "no place"], "{question}"),
         (["--max-prompt", "3"], "--max-prompt"),
+        (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs"),
+        (["--activation-checkpointing", "some"], "--activation-checkpointing"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(flags, said, tmp_path, capsys):
