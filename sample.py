@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, groupby
 
 import torch
@@ -29,6 +30,7 @@ from model import Config, Prefix, Transformer, load_model
 from reward import score
 
 PROMPT_TOKENS = 16384  # of a batch of prompts read together, padding included
+GRAPH_PLACES = 256  # with CUDA graphs the places that are read come in steps of this, so that few graphs do
 CHUNK = 256  # tokens whose probabilities are summed before the running sum looks inside
 
 
@@ -55,13 +57,15 @@ def sample_traces(
     seed: int | Sequence[int] = 0,
     cut_ids: Sequence[int] = (),
     slots: int = 0,
+    cuda_graphs: bool = False,
 ) -> list[list[Trace]]:
     """k traces of at most max_new_tokens for every prompt.
 
     temperature 0 is greedy. stop_ids end a trace and stay in it (the marker: stopping is an action); cut_ids end it and are dropped (eos
     and the like: not a decision to answer). Only sampled tokens stop a trace: an eos inside the prompt does not. seed: one for all, or
     one per prompt; the same seed gives a prompt the same traces whatever else is sampled beside it. slots: rows that decode at a time,
-    0 = as many as half of the free memory holds; the traces do not depend on it.
+    0 = as many as half of the free memory holds; the traces do not depend on it. cuda_graphs: decode steps are recorded and replayed,
+    which saves a GPU the wait for hundreds of launches.
     """
     if k < 1 or max_new_tokens < 1 or temperature < 0 or slots < 0 or not prompts or not all(prompts):
         raise InputError("sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1, temperature >= 0 and slots >= 0")
@@ -77,6 +81,10 @@ def sample_traces(
     logp = torch.zeros(traces, max_new_tokens + 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     waiting = read_prompts(model, prompts, k)
     rows.refill(range(len(rows.live)), waiting)
+    decode = partial(decode_step, model, rows)
+    if cuda_graphs:
+        rows.multiple = GRAPH_PLACES
+        decode = Recorded(decode, key=lambda: (len(rows.lead), rows.reach()))
     glance = glance_every(weight.device)
     for step in count(1):
         token, token_logp = draw(logits(rows.hidden), temperature, uniforms[rows.trace, rows.drawn.clamp(max=max_new_tokens - 1)])
@@ -87,12 +95,40 @@ def sample_traces(
         live = rows.live.tolist() if step % glance == 0 else None  # the only wait for the device
         if live and not any(live) and not rows.left:
             break
-        rows.hidden = model(token[:, None], rows)[:, 0]
-        rows.advance()
+        rows.token.copy_(token)
+        decode()
+        rows.steps += 1
         if live and not all(live):
             rows.refill([s for s, alive in enumerate(live) if not alive], waiting)
     result = [cut(*row, stop_ids, cut_ids) for row in zip(ids[:, :-1].tolist(), logp[:, :-1].tolist(), strict=True)]
     return [result[i : i + k] for i in range(0, traces, k)]
+
+
+def decode_step(model: Transformer, rows: "Slots") -> None:
+    """Feeds every row its token. All that changes are tensors, and they stay where they are."""
+    rows.hidden.copy_(model(rows.token[:, None], rows)[:, 0])
+    rows.length += rows.live  # an ended row writes over its last token
+
+
+class Recorded:
+    """A step as CUDA graphs, one launch instead of hundreds: a graph per key, recorded the second time the key comes up (what libraries do
+    at their first call must not be recorded), replayed from then on. The step must not wait for the device, and the key must tell all
+    that Python would have done differently."""
+
+    def __init__(self, step: Callable[[], None], key: Callable[[], tuple]) -> None:
+        self.step, self.key, self.pool = step, key, torch.cuda.graph_pool_handle()
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+
+    def __call__(self) -> None:
+        key = self.key()
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.step()
+        if self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self.step()
+        self.graphs[key].replay()
 
 
 @dataclass
@@ -202,11 +238,13 @@ class Slots:
         count = min(traces, count or max(1, free_memory(like.device) // 2 // (math.prod(shape) * like.element_size())))
         self.kv = like.new_zeros((*shape[:2], count, *shape[3:]))  # zeros: what is masked is still multiplied by 0, which NaN is not
         self.hidden = like.new_zeros(count, config.hidden_size)  # [S, H], predicts the next token
-        self.trace = torch.zeros(count, dtype=torch.long, device=like.device)  # [S] whom the row works for
+        self.token = torch.zeros(count, dtype=torch.long, device=like.device)  # [S] the token drawn last
+        self.trace = torch.zeros_like(self.token)  # [S] whom the row works for
         self.drawn = torch.zeros_like(self.trace)  # [S] tokens drawn
         self.length = torch.zeros_like(self.trace)  # [S] tokens held, the prompt's included
         self.live = torch.zeros(count, dtype=torch.bool, device=like.device)  # [S] the trace has not ended
         self.left = traces  # that have not begun
+        self.multiple = 1  # of places that are read
         self.steps, self.lead = 0, [0] * count  # a row holds steps + lead tokens, or less if it has ended: known without asking the device
 
     def refill(self, free: Sequence[int], waiting: Iterator[Beginning]) -> None:
@@ -233,8 +271,8 @@ class Slots:
         """Only these rows go on."""
         at = torch.tensor(slots, device=self.trace.device)
         self.kv = self.kv[:, :, at]
-        self.hidden, self.trace, self.drawn, self.length, self.live = (
-            tensor[at] for tensor in (self.hidden, self.trace, self.drawn, self.length, self.live)
+        self.hidden, self.token, self.trace, self.drawn, self.length, self.live = (
+            tensor[at] for tensor in (self.hidden, self.token, self.trace, self.drawn, self.length, self.live)
         )
         self.lead = [self.lead[slot] for slot in slots]
 
@@ -246,13 +284,11 @@ class Slots:
         keys, values = self.kv[layer]
         keys.view(-1, size).index_copy_(0, self.places, k.reshape(-1, size))
         values.view(-1, size).index_copy_(0, self.places, v.reshape(-1, size))
-        used = self.steps + max(self.lead) + 1
-        return keys[:, :, :used], values[:, :, :used]
+        return keys[:, :, : self.reach()], values[:, :, : self.reach()]
 
-    def advance(self) -> None:
-        """The token just appended is kept where the trace goes on; an ended row writes over its last one."""
-        self.length += self.live
-        self.steps += 1
+    def reach(self) -> int:
+        """Places in use: those of the longest row and its next token, rounded up to a multiple."""
+        return min(self.kv.shape[-2], -(-(self.steps + max(self.lead) + 1) // self.multiple) * self.multiple)
 
 
 def free_memory(device: torch.device) -> int:

@@ -85,12 +85,13 @@ def measure(model: Transformer, flags: argparse.Namespace, limits: dict[str, flo
     prompt = random_ids(flags.prompt, model.config.vocab_size, torch.Generator().manual_seed(flags.seed))
     times: dict[int, dict[int, list[float]]] = {rows: {1: [], flags.new: []} for rows in flags.rows}
     notes: dict[int, str] = {}
+    settings = {"seed": flags.seed, "cuda_graphs": flags.cuda_graphs}
     for round_ in range(-1, flags.rounds):
         say(f"round {round_ + 1} of {flags.rounds}" if round_ >= 0 else "warm-up")
         for rows, by_length in times.items():
             try:
                 for new, timed in by_length.items() if rows not in notes else ():
-                    timed.append(seconds(lambda new=new, rows=rows: sample_traces(model, [prompt], rows, new, seed=flags.seed)))
+                    timed.append(seconds(lambda new=new, rows=rows: sample_traces(model, [prompt], rows, new, **settings)))
             except torch.OutOfMemoryError:  # a row of the table, not the end of the benchmark
                 notes[rows] = "out of memory"
     found = []
@@ -135,6 +136,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="n, tokens drawn per row (64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of weights, keys and values (bfloat16)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one, else cpu")
+    parser.add_argument("--cuda-graphs", action="store_true", help="as in train.py")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each (3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -147,6 +149,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in {"prompt": 1, "new": 2, "rounds": 1, "seed": 0}.items():
         check_least(f"--{name}", getattr(flags, name), least)  # n >= 2: the first token is drawn before any decode step
     flags.device = check_device(flags.device)
+    if flags.cuda_graphs and flags.device != "cuda":
+        raise InputError(f"--cuda-graphs: there are none on --device {flags.device}")
     return flags
 
 
@@ -157,7 +161,7 @@ def main() -> None:
     model = load_model(flags.model, dtype, flags.device)
     model_name = Path(flags.model).resolve().name
     result |= {"command": recorded_command("sample.py", flags.model), "model": model_name}
-    result |= {key: getattr(flags, key) for key in ("prompt", "new", "dtype", "rounds")}
+    result |= {key: getattr(flags, key) for key in ("prompt", "new", "dtype", "cuda_graphs", "rounds")}
     say("limits")
     limits = {"bandwidth": bandwidth(flags.device), "matmul": products(flags.device, dtype)}
     result |= {"bandwidth_gb_s": limits["bandwidth"] / 1e9, "matmul_tflop_s": limits["matmul"] / 1e12}

@@ -45,11 +45,13 @@ def test_the_dense_recipe_has_our_gradient(directory, seed):
     groups = bench_step.unfinished(bench_step.sample_ours(model, work), work)
     ours, dense = (bench_step.gradients(name, model, work, groups) for name in ("ours", "dense"))
     assert bench_step.difference(dense, ours) < 1e-5
+    for name in ("selective", "full"):
+        assert bench_step.difference(bench_step.gradients(name, model, work, groups), ours) == 0
     others = bench_step.unfinished(bench_step.sample_dense(model, work), work)
     assert bench_step.difference(bench_step.gradients("dense", model, work, others), ours) > 1e-2  # the measure does see a difference
 
 
-@pytest.mark.parametrize("name", ["ours", "dense"])
+@pytest.mark.parametrize("name", ["ours", "selective", "full", "dense"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_trains(directory, name, dtype):
     _, work = work_of(directory, f"--dtype={dtype}")
@@ -136,6 +138,7 @@ def test_what_a_decode_step_needs(tied):
         (bench_sample, ["--rows", "8", "0"], "--rows 0"),
         (bench_sample, ["--rows", "8", "8"], "--rows 8 8"),
         (bench_sample, ["--new", "1"], "--new 1"),
+        (bench_sample, ["--device", "cpu", "--cuda-graphs"], "--cuda-graphs"),
     ],
 )
 def test_bad_input_is_one_line(script, flags, says, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample as sample_module
 from data import Example, Tokenizer, stream_seed
@@ -176,6 +177,64 @@ def test_traces_do_not_depend_on_how_often_the_device_is_waited_for(glance, monk
     for group, other in zip(sample_traces(model, PROMPTS, 3, 12, seed=SEEDS, slots=4, **ends), expected, strict=True):
         for trace, same in zip(group, other, strict=True):
             assert_same(trace, same)
+
+
+class EmulatedGraph:
+    """What a CUDA graph is, on a CPU: operations with the very tensors they had, run into those again without asking Python."""
+
+    def __init__(self) -> None:
+        self.operations, self.replays = [], 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, results in self.operations:
+            again = function(*args, **kwargs)
+            for returned, old, new in zip(function._schema.returns, results, as_tuple(again), strict=True):
+                if returned.alias_info is None:  # neither a view of what is there nor written in place
+                    old.copy_(new)
+
+
+def as_tuple(results) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
+
+
+class Recording(TorchDispatchMode):
+    """Fills an EmulatedGraph. Like a GPU, which does nothing while it records, it leaves all memory as it found it."""
+
+    def __init__(self, graph: EmulatedGraph) -> None:
+        super().__init__()
+        self.graph, self.before = graph, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), "waits for the device"
+        for declared, given in zip(function._schema.arguments, args, strict=False):
+            if declared.alias_info is not None and declared.alias_info.is_write:
+                memory = torch.empty(0, dtype=torch.uint8).set_(given.untyped_storage())
+                self.before.setdefault(memory.data_ptr(), (memory, memory.clone()))
+        results = function(*args, **kwargs or {})
+        self.graph.operations.append((function, args, kwargs or {}, as_tuple(results)))
+        return results
+
+    def __exit__(self, *failure) -> None:
+        super().__exit__(*failure)
+        for memory, before in self.before.values():
+            memory.copy_(before)
+
+
+@pytest.mark.parametrize(("slots", "places"), [(3, 4), (12, 4), (12, 64)])
+def test_a_recorded_decode_step_samples_the_same_traces(slots, places, monkeypatch):
+    """The step changes nothing but tensors that stay where they are, depends on no Python number but its arguments, and never waits."""
+    model, ends, graphs = tiny.model(3), {"stop_ids": [0], "cut_ids": [9]}, []
+    expected = sample_traces(model, PROMPTS, 3, 40, seed=SEEDS, slots=slots, **ends)
+    monkeypatch.setattr(sample_module, "GRAPH_PLACES", places)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(EmulatedGraph()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: Recording(graph))
+    again = sample_traces(model, PROMPTS, 3, 40, seed=SEEDS, slots=slots, cuda_graphs=True, **ends)
+    for group, other in zip(again, expected, strict=True):
+        for trace, same in zip(group, other, strict=True):
+            assert_same(trace, same)
+    assert len(graphs) > 1 and sum(graph.replays for graph in graphs) > 2 * len(graphs)
 
 
 def test_every_prompt_is_read_once_and_an_ended_rows_slot_takes_the_next_trace_at_once():
