@@ -111,7 +111,14 @@ def two_nodes(out: Path, *flags: str, **env: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    meeting = [
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=test",
+        "--local-addr=localhost",
+    ]
     return [start(out, torchrun=[*meeting, *flags], **env) for _ in range(2)]
 
 
