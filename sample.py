@@ -76,14 +76,14 @@ def sample_traces(
     ends[[token for token in (*stop_ids, *cut_ids) if token < len(ends)]] = True  # a tokenizer may know tokens the model does not
     ends, logits = ends.to(weight.device), make_logits(weight)
 
-    rows = Slots(model.config, slots, max(map(len, prompts)) + max_new_tokens, traces, weight)
+    places = max(map(len, prompts)) + max_new_tokens
+    rows = Slots(model.config, slots, places, traces, weight, GRAPH_PLACES if cuda_graphs else 1)
     ids = torch.zeros(traces, max_new_tokens + 1, dtype=torch.long, device=weight.device)  # the last column is for rows that have ended
     logp = torch.zeros(traces, max_new_tokens + 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     waiting = read_prompts(model, prompts, k)
     rows.refill(range(len(rows.live)), waiting)
     decode = partial(decode_step, model, rows)
     if cuda_graphs:
-        rows.multiple = GRAPH_PLACES
         decode = Recorded(decode, key=lambda: (len(rows.lead), rows.reach()))
     glance = glance_every(weight.device)
     for step in count(1):
@@ -232,8 +232,8 @@ class Slots:
     next one; once there are none, and half of the rows idle, the others close ranks.
     """
 
-    def __init__(self, config: Config, count: int, capacity: int, traces: int, like: Tensor) -> None:
-        """count 0: as many as half of the free memory holds."""
+    def __init__(self, config: Config, count: int, capacity: int, traces: int, like: Tensor, multiple: int = 1) -> None:
+        """count 0: as many as half of the free memory holds. multiple: of places that are read at a time."""
         shape = (config.num_hidden_layers, 2, 1, config.num_key_value_heads, capacity, config.head_dim)
         count = min(traces, count or max(1, free_memory(like.device) // 2 // (math.prod(shape) * like.element_size())))
         self.kv = like.new_zeros((*shape[:2], count, *shape[3:]))  # zeros: what is masked is still multiplied by 0, which NaN is not
@@ -244,7 +244,7 @@ class Slots:
         self.length = torch.zeros_like(self.trace)  # [S] tokens held, the prompt's included
         self.live = torch.zeros(count, dtype=torch.bool, device=like.device)  # [S] the trace has not ended
         self.left = traces  # that have not begun
-        self.multiple = 1  # of places that are read
+        self.multiple = multiple
         self.steps, self.lead = 0, [0] * count  # a row holds steps + lead tokens, or less if it has ended: known without asking the device
 
     def refill(self, free: Sequence[int], waiting: Iterator[Beginning]) -> None:
