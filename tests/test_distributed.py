@@ -35,7 +35,7 @@ def start(out: Path, *flags: str, torchrun: list[str] | None = None, **env: str)
 
 
 def output_of(process: subprocess.Popen) -> str:
-    """All it prints until it ends. One that does not end is a failure, and leaves nothing behind."""
+    """All it prints until it ends. One that does not end is a failure, and its processes go with it."""
     try:
         return process.communicate(timeout=240)[0]
     except subprocess.TimeoutExpired:
@@ -208,7 +208,7 @@ def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(a
     nodes = two_nodes(tmp_path / "killed", "--max-restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     while not (tmp_path / "killed/checkpoint-000001").exists() and all(node.poll() is None for node in nodes):
         pass
-    for pid in workers(nodes[0].pid):  # its node counts a restart, the other does not
+    for pid in workers(nodes[0].pid):
         os.kill(pid, signal.SIGKILL)
     for node in nodes:
         finish(node)

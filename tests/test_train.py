@@ -1,5 +1,6 @@
 """The training loop's properties: the estimator is right, nothing depends on batching, runs resume, bad updates are not applied."""
 
+import inspect
 import itertools
 import json
 import math
@@ -435,6 +436,19 @@ def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
     assert all(p.grad is None for p in twin.parameters()) and all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train_module, "sample_traces", lambda *given, **named: seen.append(inspect.signature(sample_traces).bind(*given, **named))
+    )
+    args = Args(traces=3, max_trace=7, temperature=0.9, slots=5, cuda_graphs=True)
+    tokenizer = Tokenizer(args.model)
+    train_module.sample_groups(tiny_model(), tokenizer, [EXAMPLE], 1, args)
+    reached = seen[0].arguments
+    assert {"k": 3, "max_new_tokens": 7, "temperature": 0.9, "slots": 5, "cuda_graphs": True}.items() <= reached.items()
+    assert (reached["stop_ids"], reached["cut_ids"]) == ([tokenizer.marker_id], tokenizer.cut_ids)
+
+
 def test_every_flag_is_used():
     """A flag that does nothing is a lie."""
     source = (ROOT / "train.py").read_text()
@@ -477,6 +491,15 @@ def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupte
     assert without_clock(read_log(tmp_path / "killed")) == without_clock(read_log(tmp_path / "whole"))
     assert (tmp_path / "killed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
     assert_same_weights(tmp_path / "killed/final", tmp_path / "whole/final")
+
+
+def test_a_run_that_any_machine_has_restarted_is_resumed_by_all(plain_run, tmp_path, monkeypatch):
+    """Machines count restarts for themselves: this process says it has just begun, another says otherwise."""
+    shutil.copytree(plain_run, tmp_path / "run")
+    monkeypatch.setattr(train_module, "from_all", lambda value: [value, True] if isinstance(value, bool) else [value])
+    resumed = run(tmp_path / "run")  # without --resume: else it would be refused, as the folder holds a run
+    assert json.loads((tmp_path / "run/args.json").read_text())["resume"] is True
+    assert without_clock(resumed) == without_clock(read_log(plain_run))
 
 
 def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_included(plain_run, tmp_path):
