@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from errors import InputError
+from support.errors import InputError
 
 # 1 / n_i = exp(-log n_i) is capped at exp(80) = 5.5e34: 4096 answer tokens at the cap still add up to a finite fp32 number.
 MAX_EXPONENT = 80.0
@@ -133,19 +133,25 @@ def advantages(reward: Tensor, center: str = "mean", scale: str = "std") -> Tens
     scale are both "none". InputError for K = 1 with centring or scaling, and for unknown names.
     """
     if center not in ("mean", "loo", "none") or scale not in ("std", "none"):
-        raise InputError(f"--center {center!r} --scale {scale!r}: center is mean, loo or none, scale is std or none")
+        raise InputError(
+            f"--center {center!r} --scale {scale!r}: center is mean, loo or none, scale is std or none"
+        )
     traces = reward.shape[0]
     if traces == 1 and (center, scale) != ("none", "none"):
         raise InputError(
             f"--center {center} --scale {scale} needs at least 2 traces a question: with --traces 1 every advantage would be 0 "
             "(--center none --scale none takes the reward as it is)"
         )
-    values = reward.detach().double()  # weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number
+    values = (
+        reward.detach().double()
+    )  # weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
     std = values.std()
     if std < MIN_STD * values.abs().max().clamp(min=1.0):
         return torch.zeros_like(reward)
-    baseline = {"mean": values.mean(), "loo": (values.sum() - values) / (traces - 1), "none": 0.0}[center]
+    baseline = {"mean": values.mean(), "loo": (values.sum() - values) / (traces - 1), "none": 0.0}[
+        center
+    ]
     advantage = (values - baseline) / (std if scale == "std" else 1.0)
     return advantage.to(reward.dtype)

@@ -18,10 +18,15 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from errors import InputError
+from support.errors import InputError
 
 MARKER = "<|response_start|>"  # the paper's
-RESERVED = ("reserved", "unused", "[control_", "<special_")  # so are free tokens named: Llama 3, Gemma, Mistral's two tokenizers
+RESERVED = (
+    "reserved",
+    "unused",
+    "[control_",
+    "<special_",
+)  # so are free tokens named: Llama 3, Gemma, Mistral's two tokenizers
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # Tulu's, which the paper trains on
 
 
@@ -33,7 +38,9 @@ class Tokenizer:
     InputError when tokenizer.json cannot be read or no eos is named anywhere.
     """
 
-    def __init__(self, path: str | Path, marker: str | None = None, prompt_format: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, marker: str | None = None, prompt_format: str | None = None
+    ) -> None:
         self.path = Path(path)
         ours = self.read("nrt.json")
         self.marker = marker or ours.get("marker") or MARKER
@@ -42,7 +49,9 @@ class Tokenizer:
             raise InputError(f"--prompt-format {self.prompt_format!r} lacks {{question}}")
         file = self.path / "tokenizer.json"
         if not file.exists():
-            raise InputError(f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one")
+            raise InputError(
+                f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one"
+            )
         try:
             self.model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
@@ -55,14 +64,22 @@ class Tokenizer:
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
         self.marker_is_new = self.model.token_to_id(self.marker) is None
         if self.marker_is_new:
-            self.model.add_special_tokens([tokenizers.AddedToken(self.marker, special=True, normalized=False)])
+            self.model.add_special_tokens(
+                [tokenizers.AddedToken(self.marker, special=True, normalized=False)]
+            )
         self.marker_id: int = self.model.token_to_id(self.marker)
         # A token kept free for uses like ours, and not yet in use: its embedding has never been trained.
-        self.marker_is_reserved = self.marker != ours.get("marker") and any(word in self.marker.lower() for word in RESERVED)
+        self.marker_is_reserved = self.marker != ours.get("marker") and any(
+            word in self.marker.lower() for word in RESERVED
+        )
         if self.marker_id in self.eos_ids:
-            raise InputError(f"--marker {self.marker!r} is an eos token of {file}: it cannot start the answer and end it")
+            raise InputError(
+                f"--marker {self.marker!r} is an eos token of {file}: it cannot start the answer and end it"
+            )
         # Any of these ends a trace, though only the marker is a decision to answer (METHOD: every eos id counts, not just one).
-        specials = {token for token, added in self.model.get_added_tokens_decoder().items() if added.special}
+        specials = {
+            token for token, added in self.model.get_added_tokens_decoder().items() if added.special
+        }
         self.cut_ids = sorted((specials | set(self.eos_ids)) - {self.marker_id})
 
     def read(self, name: str) -> dict:
@@ -112,7 +129,10 @@ class Tokenizer:
         self.model.save(str(path / "tokenizer.json"))
         described = self.read("tokenizer_config.json") | {"chat_template": self.chat_template()}
         (path / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (path / "nrt.json").write_text(json.dumps({"marker": self.marker, "prompt_format": self.prompt_format}, indent=2) + "\n")
+        (path / "nrt.json").write_text(
+            json.dumps({"marker": self.marker, "prompt_format": self.prompt_format}, indent=2)
+            + "\n"
+        )
 
     def chat_template(self) -> str:
         """`encode_prompt(render(...))` as a Jinja template, which opens the trace: what a model continues from it is trace, marker, answer.
@@ -120,11 +140,15 @@ class Tokenizer:
         A template writes its own bos. Jinja reads string literals as JSON does, so any prompt format can stand in one.
         """
         bos = "".join(self.model.id_to_token(token) for token in self.prefix)
-        question = " + text + ".join(literal(piece) for piece in self.prompt_format.split("{question}"))
+        question = " + text + ".join(
+            literal(piece) for piece in self.prompt_format.split("{question}")
+        )
         return "".join(
             [
                 "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
-                "{%- set system = messages[0].content + " + literal("\n\n") + " if messages[0].role == 'system' else '' -%}",
+                "{%- set system = messages[0].content + "
+                + literal("\n\n")
+                + " if messages[0].role == 'system' else '' -%}",
                 "{{- " + literal(bos) + " -}}",
                 "{%- for turn in turns -%}",
                 "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
@@ -194,23 +218,34 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
     """One JSONL line -> (turns, gold answer). turns alternates user, assistant, ..., user. `where` is "file:line" for errors."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError; brackets can nest too deeply
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # UnicodeDecodeError is a ValueError; brackets can nest too deeply
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: holds a {type(row).__name__}, a row should be an object with question and answer")
+        raise InputError(
+            f"{where}: holds a {type(row).__name__}, a row should be an object with question and answer"
+        )
     if "messages" in row:
         turns = parse_messages(row["messages"], where)
     else:
         for key in ("question", "answer"):
             if key not in row:
-                raise InputError(f'{where}: no "{key}"; a row is {{"question": ..., "answer": ...}} or {{"messages": [...]}}')
+                raise InputError(
+                    f'{where}: no "{key}"; a row is {{"question": ..., "answer": ...}} or {{"messages": [...]}}'
+                )
             if not isinstance(row[key], str):
-                raise InputError(f'{where}: "{key}" is a {type(row[key]).__name__}, it should be a string')
+                raise InputError(
+                    f'{where}: "{key}" is a {type(row[key]).__name__}, it should be a string'
+                )
         turns = [row["question"], row["answer"]]
     try:
         "".join(turns).encode()
     except UnicodeEncodeError:  # such text can be held in JSON, and in a str, but not be tokenised
-        raise InputError(f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)") from None
+        raise InputError(
+            f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
+        ) from None
     *turns, gold = (text.strip() for text in turns)
     if not gold:
         raise InputError(f"{where}: the answer is empty")
@@ -222,15 +257,22 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
 def parse_messages(messages: object, where: str) -> list[str]:
     """A conversation up to its last assistant turn, as [user, assistant, ..., user, assistant]; a system turn opens the first user's."""
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
     ):
-        raise InputError(f'{where}: "messages" should be a list of {{"role": ..., "content": ...}} with strings')
+        raise InputError(
+            f'{where}: "messages" should be a list of {{"role": ..., "content": ...}} with strings'
+        )
     system = [m["content"] for m in messages[:1] if m["role"] == "system"]
     roles = [m["role"] for m in messages[len(system) :]]
     turns = [m["content"] for m in messages[len(system) :]]
     last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
-    if last < 1 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles[: last + 1])):
-        raise InputError(f'{where}: "messages" should alternate user and assistant and hold an assistant turn; roles are {roles}')
+    if last < 1 or any(
+        role != ("user", "assistant")[i % 2] for i, role in enumerate(roles[: last + 1])
+    ):
+        raise InputError(
+            f'{where}: "messages" should alternate user and assistant and hold an assistant turn; roles are {roles}'
+        )
     turns[0] = "\n\n".join([*system, turns[0]])
     return turns[: last + 1]
 
@@ -259,12 +301,18 @@ def stream_seed(*names: int) -> int:
     return int(np.random.SeedSequence(names).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def next_examples(pairs: Pairs, position: int, count: int, seed: int, fits) -> tuple[list[Example], int, int]:
+def next_examples(
+    pairs: Pairs, position: int, count: int, seed: int, fits
+) -> tuple[list[Example], int, int]:
     """The next `count` examples for which fits(example) holds -> (examples, position after them, rows skipped as too long)."""
     examples, start = [], position
     while len(examples) < count:
-        if position - start >= 2 * len(pairs) and not examples:  # whatever the start, these hold one whole epoch
-            raise InputError(f"{pairs.path}: not one of its {len(pairs)} rows fits; raise --max-prompt or --max-answer")
+        if (
+            position - start >= 2 * len(pairs) and not examples
+        ):  # whatever the start, these hold one whole epoch
+            raise InputError(
+                f"{pairs.path}: not one of its {len(pairs)} rows fits; raise --max-prompt or --max-answer"
+            )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1
         if fits(example):

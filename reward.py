@@ -37,7 +37,9 @@ class Scores:
     marker_logp: Tensor  # [K] log pi(m | x, z_k), sampled or forced
     answer_logp: Tensor  # [K, T] log c_ki
     null_logp: Tensor | None  # [T] log-probs of the answer after the empty trace
-    entropy: Tensor | None  # [K, Z] of the sampling distribution at each trace token, detached; 0 beyond the trace
+    entropy: (
+        Tensor | None
+    )  # [K, Z] of the sampling distribution at each trace token, detached; 0 beyond the trace
 
 
 @dataclass
@@ -50,7 +52,9 @@ class ReadPrompt:
     def leaves(self) -> "ReadPrompt":
         """The same values cut off from the graph, as leaves that collect the gradients of any number of branch backwards."""
         past = Prefix()
-        past.kv = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.past.kv]
+        past.kv = [
+            (k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.past.kv
+        ]
         return ReadPrompt(past, self.hidden.detach().requires_grad_())
 
     def tensors(self) -> list[Tensor]:
@@ -58,13 +62,19 @@ class ReadPrompt:
 
     def backward(self, leaves: "ReadPrompt") -> None:
         """One backward through the prompt with what its leaves have collected."""
-        pairs = [(own, leaf.grad) for own, leaf in zip(self.tensors(), leaves.tensors(), strict=True) if leaf.grad is not None]
+        pairs = [
+            (own, leaf.grad)
+            for own, leaf in zip(self.tensors(), leaves.tensors(), strict=True)
+            if leaf.grad is not None
+        ]
         torch.autograd.backward([own for own, _ in pairs], [grad for _, grad in pairs])
 
 
 def read_prompt(model: Transformer, prompt: Sequence[int]) -> ReadPrompt:
     past = Prefix()
-    hidden = model(torch.tensor([list(prompt)], device=model.lm_head.weight.device), past)  # [1, P, H]
+    hidden = model(
+        torch.tensor([list(prompt)], device=model.lm_head.weight.device), past
+    )  # [1, P, H]
     return ReadPrompt(past, hidden[0, -1])
 
 
@@ -88,25 +98,39 @@ def score(
     the values do not depend on it.
     """
     prompt = prompt if isinstance(prompt, ReadPrompt) else read_prompt(model, prompt)
-    branches = [make_branch(trace, marker) for trace in traces] + [Branch((), (), finished=False)] * null
+    branches = [make_branch(trace, marker) for trace in traces] + [
+        Branch((), (), finished=False)
+    ] * null
     width = max(1, *(len(branch.actions) for branch in branches))  # Z
 
     # Equal traces are scored once: late in training most of a group are, and two roundings of one number must not look like a difference.
     distinct = list(dict.fromkeys(branches))
     scored, parts = [], []
-    for batch in micro_batches([len(branch.body) + len(answer) for branch in distinct], micro_traces):
+    for batch in micro_batches(
+        [len(branch.body) + len(answer) for branch in distinct], micro_traces
+    ):
         scored += [distinct[i] for i in batch]
-        parts.append(score_branches(model, prompt, scored[-len(batch) :], answer, marker, temperature, entropy, width))
+        parts.append(
+            score_branches(
+                model, prompt, scored[-len(batch) :], answer, marker, temperature, entropy, width
+            )
+        )
     row = {branch: i for i, branch in enumerate(scored)}
     rows = torch.tensor([row[branch] for branch in branches], device=prompt.hidden.device)
-    trace_logp, marker_logp, answer_logp, entropies = (torch.cat(part)[rows] for part in zip(*parts, strict=True))
+    trace_logp, marker_logp, answer_logp, entropies = (
+        torch.cat(part)[rows] for part in zip(*parts, strict=True)
+    )
 
     count, device = len(traces), answer_logp.device
-    actions = torch.tensor([len(branch.actions) for branch in branches[:count]], dtype=torch.long, device=device)
+    actions = torch.tensor(
+        [len(branch.actions) for branch in branches[:count]], dtype=torch.long, device=device
+    )
     return Scores(
         trace_logp=trace_logp[:count],
         trace_mask=torch.arange(width, device=device) < actions[:, None],
-        finished=torch.tensor([branch.finished for branch in branches[:count]], dtype=torch.bool, device=device),
+        finished=torch.tensor(
+            [branch.finished for branch in branches[:count]], dtype=torch.bool, device=device
+        ),
         marker_logp=marker_logp[:count],
         answer_logp=answer_logp[:count],
         null_logp=answer_logp[count] if null else None,
@@ -119,7 +143,9 @@ class Branch:
     """A trace as scoring sees it."""
 
     body: tuple[int, ...]  # what stands between prompt and marker, n_k tokens
-    actions: tuple[int, ...]  # what was sampled: the body, and what ended it (the marker, a cut token, nothing at the length limit)
+    actions: tuple[
+        int, ...
+    ]  # what was sampled: the body, and what ended it (the marker, a cut token, nothing at the length limit)
     finished: bool
 
 
@@ -141,10 +167,14 @@ def score_branches(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One forward over B branches -> log-probs of actions [B, Z], marker [B] and answer [B, T], and the actions' entropies [B, Z]."""
-    hidden, (policy_at, policy_tokens), (gold_at, gold_tokens) = read_branches(model, prompt, branches, answer, marker)
+    hidden, (policy_at, policy_tokens), (gold_at, gold_tokens) = read_branches(
+        model, prompt, branches, answer, marker
+    )
     head, count = model.lm_head.weight, len(policy_tokens) - len(branches)
     policy = linear_logprob(hidden[policy_at], head, policy_tokens, temperature, entropy)
-    logp, entropies = policy if entropy else (policy, policy)  # unasked for, entropies are a stand-in that nobody reads
+    logp, entropies = (
+        policy if entropy else (policy, policy)
+    )  # unasked for, entropies are a stand-in that nobody reads
     answer_logp = linear_logprob(hidden[gold_at], head, gold_tokens)
 
     def spread(flat: Tensor) -> Tensor:
@@ -152,7 +182,12 @@ def score_branches(
         row, place = (at[:count] for at in policy_at)
         return flat.new_zeros(len(branches), width).index_put((row, place), flat[:count])
 
-    return spread(logp), logp[count:], answer_logp.view(len(branches), len(answer)), spread(entropies.detach())
+    return (
+        spread(logp),
+        logp[count:],
+        answer_logp.view(len(branches), len(answer)),
+        spread(entropies.detach()),
+    )
 
 
 def branch_loss(
@@ -172,16 +207,26 @@ def branch_loss(
     gradient together with the loss, in three matrix products instead of four.
     """
     branches = [make_branch(trace, marker) for trace in traces]
-    hidden, (policy_at, policy_tokens), (gold_at, gold_tokens) = read_branches(model, prompt, branches, answer, marker)
+    hidden, (policy_at, policy_tokens), (gold_at, gold_tokens) = read_branches(
+        model, prompt, branches, answer, marker
+    )
     row, place = (at[: -len(branches)] for at in policy_at)
     policy_weight = torch.cat([trace_weight[row, place], marker_weight])
-    policy_loss, _ = linear_logprob_loss(hidden[policy_at], model.lm_head.weight, policy_tokens, policy_weight, temperature)
-    answer_loss, _ = linear_logprob_loss(hidden[gold_at], model.lm_head.weight, gold_tokens, answer_weight.flatten())
+    policy_loss, _ = linear_logprob_loss(
+        hidden[policy_at], model.lm_head.weight, policy_tokens, policy_weight, temperature
+    )
+    answer_loss, _ = linear_logprob_loss(
+        hidden[gold_at], model.lm_head.weight, gold_tokens, answer_weight.flatten()
+    )
     return policy_loss + answer_loss
 
 
 def read_branches(
-    model: Transformer, prompt: ReadPrompt, branches: list[Branch], answer: Sequence[int], marker: int
+    model: Transformer,
+    prompt: ReadPrompt,
+    branches: list[Branch],
+    answer: Sequence[int],
+    marker: int,
 ) -> tuple[Tensor, tuple, tuple]:
     """One forward over B branches -> hidden [B, L+1, H], whose place j predicts what comes after j tokens of a branch, and twice
     (places as an index (row [N], place [N]), tokens [N] they should predict): every action, then the B markers; and the answers."""
@@ -189,16 +234,24 @@ def read_branches(
     fed = [[*branch.body, marker, *answer[:-1]] for branch in branches]  # n_k + T tokens each
     length = max(len(tokens) for tokens in fed)
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in fed], device=device)  # [B, L]
-    first = prompt.hidden.expand(len(branches), 1, -1)  # the prompt's last state predicts every branch's first token
+    first = prompt.hidden.expand(
+        len(branches), 1, -1
+    )  # the prompt's last state predicts every branch's first token
     hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
 
     def index(places: list[tuple[int, int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
         row, place, token = torch.tensor(places).T.to(device)
         return (row, place), token
 
-    policy = [(b, j, token) for b, branch in enumerate(branches) for j, token in enumerate(branch.actions)]
+    policy = [
+        (b, j, token) for b, branch in enumerate(branches) for j, token in enumerate(branch.actions)
+    ]
     policy += [(b, len(branch.body), marker) for b, branch in enumerate(branches)]
-    gold = [(b, len(branch.body) + 1 + i, token) for b, branch in enumerate(branches) for i, token in enumerate(answer)]
+    gold = [
+        (b, len(branch.body) + 1 + i, token)
+        for b, branch in enumerate(branches)
+        for i, token in enumerate(answer)
+    ]
     return hidden, index(policy), index(gold)  # padding is in neither: the head never sees it
 
 

@@ -13,7 +13,6 @@ log-probs, never text.
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Example, Pairs, Tokenizer, stream_seed
-from errors import InputError, OneLineParser, exit_on_bad_input
+from data import Tokenizer, stream_seed
 from kernels.logprob import bf16_products
-from model import Config, Prefix, Transformer, load_model
-from reward import score
+from model import Config, Prefix, Transformer
+from support.errors import InputError, OneLineParser, exit_on_bad_input
+from support.weights import load_model
 
 PROMPT_TOKENS = 16384  # of a batch of prompts read together, padding included
-GRAPH_PLACES = 256  # with CUDA graphs the places that are read come in steps of this, so that few graphs do
+GRAPH_PLACES = (
+    256  # with CUDA graphs the places that are read come in steps of this, so that few graphs do
+)
 CHUNK = 256  # tokens whose probabilities are summed before the running sum looks inside
 
 
@@ -67,19 +68,41 @@ def sample_traces(
     0 = as many as half of the free memory holds; the traces do not depend on it. cuda_graphs: decode steps are recorded and replayed,
     which saves a GPU the wait for hundreds of launches.
     """
-    if k < 1 or max_new_tokens < 1 or temperature < 0 or slots < 0 or not prompts or not all(prompts):
-        raise InputError("sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1, temperature >= 0 and slots >= 0")
+    if (
+        k < 1
+        or max_new_tokens < 1
+        or temperature < 0
+        or slots < 0
+        or not prompts
+        or not all(prompts)
+    ):
+        raise InputError(
+            "sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1, temperature >= 0 and slots >= 0"
+        )
     weight, traces = model.lm_head.weight, len(prompts) * k
-    seeds = [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    uniforms = torch.cat([uniform(s, k, max_new_tokens) for s in seeds]).to(weight.device)  # [N, max_new], N = traces
+    seeds = (
+        [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    )
+    uniforms = torch.cat([uniform(s, k, max_new_tokens) for s in seeds]).to(
+        weight.device
+    )  # [N, max_new], N = traces
     ends = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    ends[[token for token in (*stop_ids, *cut_ids) if token < len(ends)]] = True  # a tokenizer may know tokens the model does not
+    ends[[token for token in (*stop_ids, *cut_ids) if token < len(ends)]] = (
+        True  # a tokenizer may know tokens the model does not
+    )
     ends, logits = ends.to(weight.device), make_logits(weight)
 
     places = max(map(len, prompts)) + max_new_tokens
     rows = Slots(model.config, slots, places, traces, weight, GRAPH_PLACES if cuda_graphs else 1)
-    ids = torch.zeros(traces, max_new_tokens + 1, dtype=torch.long, device=weight.device)  # the last column is for rows that have ended
-    logp = torch.zeros(traces, max_new_tokens + 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    ids = torch.zeros(
+        traces, max_new_tokens + 1, dtype=torch.long, device=weight.device
+    )  # the last column is for rows that have ended
+    logp = torch.zeros(
+        traces,
+        max_new_tokens + 1,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+        device=weight.device,
+    )
     waiting = read_prompts(model, prompts, k)
     rows.refill(range(len(rows.live)), waiting)
     decode = partial(decode_step, model, rows)
@@ -87,7 +110,11 @@ def sample_traces(
         decode = Recorded(decode, key=lambda: (len(rows.lead), rows.reach()))
     glance = glance_every(weight.device)
     for step in count(1):
-        token, token_logp = draw(logits(rows.hidden), temperature, uniforms[rows.trace, rows.drawn.clamp(max=max_new_tokens - 1)])
+        token, token_logp = draw(
+            logits(rows.hidden),
+            temperature,
+            uniforms[rows.trace, rows.drawn.clamp(max=max_new_tokens - 1)],
+        )
         column = torch.where(rows.live, rows.drawn, max_new_tokens)
         ids[rows.trace, column], logp[rows.trace, column] = token, token_logp.to(logp.dtype)
         rows.drawn += rows.live
@@ -100,7 +127,10 @@ def sample_traces(
         rows.steps += 1
         if live and not all(live):
             rows.refill([s for s, alive in enumerate(live) if not alive], waiting)
-    result = [cut(*row, stop_ids, cut_ids) for row in zip(ids[:, :-1].tolist(), logp[:, :-1].tolist(), strict=True)]
+    result = [
+        cut(*row, stop_ids, cut_ids)
+        for row in zip(ids[:, :-1].tolist(), logp[:, :-1].tolist(), strict=True)
+    ]
     return [result[i : i + k] for i in range(0, traces, k)]
 
 
@@ -142,7 +172,9 @@ class Beginning:
     hidden: Tensor  # [H], predicts the first token
 
 
-def read_prompts(model: Transformer, prompts: Sequence[Sequence[int]], k: int) -> Iterator[Beginning]:
+def read_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], k: int
+) -> Iterator[Beginning]:
     """The beginnings of k traces per prompt, in order.
 
     Every prompt is read once, when its first trace is due, together with those that come after it; its keys and values live until the last
@@ -151,11 +183,15 @@ def read_prompts(model: Transformer, prompts: Sequence[Sequence[int]], k: int) -
     at, device = 0, model.lm_head.weight.device
     while at < len(prompts):
         size, width = 0, 0
-        while at + size < len(prompts) and (size == 0 or (size + 1) * max(width, len(prompts[at + size])) <= PROMPT_TOKENS):
+        while at + size < len(prompts) and (
+            size == 0 or (size + 1) * max(width, len(prompts[at + size])) <= PROMPT_TOKENS
+        ):
             width = max(width, len(prompts[at + size]))
             size += 1
         batch, prefix = prompts[at : at + size], Prefix()
-        padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in batch], device=device)  # [B, P], padded on the right
+        padded = torch.tensor(
+            [[*prompt, *[0] * (width - len(prompt))] for prompt in batch], device=device
+        )  # [B, P], padded on the right
         hidden = model(padded, prefix)  # [B, P, H]
         hidden = [hidden[row, len(prompt) - 1].clone() for row, prompt in enumerate(batch)]
         for row, prompt in enumerate(batch):
@@ -197,7 +233,9 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     """
     scaled = logits if temperature in (0, 1) else logits / temperature
     peak = scaled.amax(dim=1, keepdim=True)  # [S, 1]
-    mass = F.pad((scaled - peak).exp_(), (0, -scaled.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))  # [S, C, CHUNK]
+    mass = F.pad((scaled - peak).exp_(), (0, -scaled.shape[1] % CHUNK)).unflatten(
+        1, (-1, CHUNK)
+    )  # [S, C, CHUNK]
     by_chunk = mass.sum(dim=2, dtype=torch.float64)  # [S, C]
     upto = by_chunk.cumsum(dim=1)
     total = upto[:, -1:]
@@ -205,17 +243,25 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         token = scaled.argmax(dim=1, keepdim=True)
     else:
         target = uniform[:, None] * total
-        chunk = torch.searchsorted(upto, target, right=True).clamp(max=upto.shape[1] - 1)  # clamp: NaN logits stay in range
-        inside = mass.gather(1, chunk[:, :, None].expand(-1, -1, CHUNK))[:, 0].double().cumsum(dim=1)  # [S, CHUNK]
+        chunk = torch.searchsorted(upto, target, right=True).clamp(
+            max=upto.shape[1] - 1
+        )  # clamp: NaN logits stay in range
+        inside = (
+            mass.gather(1, chunk[:, :, None].expand(-1, -1, CHUNK))[:, 0].double().cumsum(dim=1)
+        )  # [S, CHUNK]
         rest = target - (upto - by_chunk).gather(1, chunk)
-        rest = rest.clamp(min=0).minimum(inside[:, -1:] * (1 - 2**-52))  # by rounding it could lie beyond the chunk's last possible token
+        rest = rest.clamp(min=0).minimum(
+            inside[:, -1:] * (1 - 2**-52)
+        )  # by rounding it could lie beyond the chunk's last possible token
         token = chunk * CHUNK + torch.searchsorted(inside, rest, right=True)
         token = token.clamp(max=logits.shape[1] - 1)
     logp = (scaled.gather(1, token) - peak).double() - total.log()
     return token[:, 0], logp[:, 0].to(logits.dtype)
 
 
-def cut(ids: list[int], logp: list[float], stop_ids: Sequence[int], cut_ids: Sequence[int]) -> Trace:
+def cut(
+    ids: list[int], logp: list[float], stop_ids: Sequence[int], cut_ids: Sequence[int]
+) -> Trace:
     """The trace within what a row has decoded: up to its first stop token (kept) or cut token (dropped)."""
     for at, token in enumerate(ids):
         if token in stop_ids:
@@ -232,20 +278,48 @@ class Slots:
     next one; once there are none, and half of the rows idle, the others close ranks.
     """
 
-    def __init__(self, config: Config, count: int, capacity: int, traces: int, like: Tensor, multiple: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        count: int,
+        capacity: int,
+        traces: int,
+        like: Tensor,
+        multiple: int = 1,
+    ) -> None:
         """count 0: as many as half of the free memory holds. multiple: of places that are read at a time."""
-        shape = (config.num_hidden_layers, 2, 1, config.num_key_value_heads, capacity, config.head_dim)
-        count = min(traces, count or max(1, free_memory(like.device) // 2 // (math.prod(shape) * like.element_size())))
-        self.kv = like.new_zeros((*shape[:2], count, *shape[3:]))  # zeros: what is masked is still multiplied by 0, which NaN is not
+        shape = (
+            config.num_hidden_layers,
+            2,
+            1,
+            config.num_key_value_heads,
+            capacity,
+            config.head_dim,
+        )
+        count = min(
+            traces,
+            count
+            or max(1, free_memory(like.device) // 2 // (math.prod(shape) * like.element_size())),
+        )
+        self.kv = like.new_zeros(
+            (*shape[:2], count, *shape[3:])
+        )  # zeros: what is masked is still multiplied by 0, which NaN is not
         self.hidden = like.new_zeros(count, config.hidden_size)  # [S, H], predicts the next token
-        self.token = torch.zeros(count, dtype=torch.long, device=like.device)  # [S] the token drawn last
+        self.token = torch.zeros(
+            count, dtype=torch.long, device=like.device
+        )  # [S] the token drawn last
         self.trace = torch.zeros_like(self.token)  # [S] whom the row works for
         self.drawn = torch.zeros_like(self.trace)  # [S] tokens drawn
         self.length = torch.zeros_like(self.trace)  # [S] tokens held, the prompt's included
-        self.live = torch.zeros(count, dtype=torch.bool, device=like.device)  # [S] the trace has not ended
+        self.live = torch.zeros(
+            count, dtype=torch.bool, device=like.device
+        )  # [S] the trace has not ended
         self.left = traces  # that have not begun
         self.multiple = multiple
-        self.steps, self.lead = 0, [0] * count  # a row holds steps + lead tokens, or less if it has ended: known without asking the device
+        self.steps, self.lead = (
+            0,
+            [0] * count,
+        )  # a row holds steps + lead tokens, or less if it has ended: known without asking the device
 
     def refill(self, free: Sequence[int], waiting: Iterator[Beginning]) -> None:
         """Begins the next traces in the rows that are free. A row overwrites its prompt's padding as it grows, and never sees it before."""
@@ -254,12 +328,23 @@ class Slots:
         for _, group in groupby(begun, key=lambda pair: id(pair[1].prefix)):
             slots, begins = zip(*group, strict=True)
             slot, row, trace, length = torch.tensor(
-                [slots, *zip(*((begin.row, begin.trace, begin.length) for begin in begins), strict=True)], device=self.trace.device
+                [
+                    slots,
+                    *zip(
+                        *((begin.row, begin.trace, begin.length) for begin in begins), strict=True
+                    ),
+                ],
+                device=self.trace.device,
             )
             for (keys, values), (k, v) in zip(self.kv, begins[0].prefix.kv, strict=True):
                 keys[slot, :, : k.shape[2]], values[slot, :, : v.shape[2]] = k[row], v[row]
             self.hidden[slot] = torch.stack([begin.hidden for begin in begins])
-            self.trace[slot], self.length[slot], self.drawn[slot], self.live[slot] = trace, length, 0, True
+            self.trace[slot], self.length[slot], self.drawn[slot], self.live[slot] = (
+                trace,
+                length,
+                0,
+                True,
+            )
         for slot, begin in begun:
             self.lead[slot] = begin.length - self.steps
         idle = set(free[len(begun) :])
@@ -272,7 +357,8 @@ class Slots:
         at = torch.tensor(slots, device=self.trace.device)
         self.kv = self.kv[:, :, at]
         self.hidden, self.token, self.trace, self.drawn, self.length, self.live = (
-            tensor[at] for tensor in (self.hidden, self.token, self.trace, self.drawn, self.length, self.live)
+            tensor[at]
+            for tensor in (self.hidden, self.token, self.trace, self.drawn, self.length, self.live)
         )
         self.lead = [self.lead[slot] for slot in slots]
 
@@ -280,7 +366,9 @@ class Slots:
         """Writes one token per row, k and v [S, Hkv, 1, D], at the row's own place -> all places in use, [S, Hkv, used, D]."""
         _, _, count, heads, capacity, size = self.kv.shape
         if layer == 0:  # the same places in every layer, in memory seen as [S Hkv capacity, D]
-            self.places = torch.arange(count * heads, device=k.device) * capacity + self.length.repeat_interleave(heads)
+            self.places = torch.arange(
+                count * heads, device=k.device
+            ) * capacity + self.length.repeat_interleave(heads)
         keys, values = self.kv[layer]
         keys.view(-1, size).index_copy_(0, self.places, k.reshape(-1, size))
         values.view(-1, size).index_copy_(0, self.places, v.reshape(-1, size))
@@ -288,40 +376,24 @@ class Slots:
 
     def reach(self) -> int:
         """Places in use: those of the longest row and its next token, rounded up to a multiple."""
-        return min(self.kv.shape[-2], -(-(self.steps + max(self.lead) + 1) // self.multiple) * self.multiple)
+        return min(
+            self.kv.shape[-2],
+            -(-(self.steps + max(self.lead) + 1) // self.multiple) * self.multiple,
+        )
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not Linux
         return 8 * 10**9
-
-
-# ---------------------------------------------------------------------------------------------------------------- evaluation
-@torch.no_grad()
-def evaluate(model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int, batch: int = 64) -> dict[str, float]:
-    """Held-out figures over `examples`, decoding greedily: the answer is right if its text equals the gold answer's.
-
-    eval_accuracy: after a trace of the model's own. eval_accuracy_null: with the empty trace. eval_gain: how much the trace raises the
-    gold answer's log-prob, nats per answer. eval_trace_len: tokens.
-    """
-    marker, totals = tokenizer.marker_id, torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(examples), batch):
-        part = examples[start : start + batch]
-        thoughts = sample_traces(model, [e.prompt for e in part], 1, max_trace, 0.0, [marker], cut_ids=tokenizer.cut_ids)
-        traces = [trace for (trace,) in thoughts]
-        right = answers_right(model, tokenizer, part, [trace_ids(trace, marker) for trace in traces])
-        right_null = answers_right(model, tokenizer, part, [[marker] for _ in part])
-        for example, trace, *rights in zip(part, traces, right, right_null, strict=True):
-            scores = score(model, example.prompt, [trace], example.answer, marker)
-            gain = scores.answer_logp.sum() - scores.null_logp.sum()
-            totals += torch.tensor([*rights, float(gain), len(trace.ids)], dtype=torch.float64)
-    names = ("eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len")
-    return dict(zip(names, (totals / len(examples)).tolist(), strict=True))
 
 
 def trace_ids(trace: Trace, marker: int) -> list[int]:
@@ -329,25 +401,15 @@ def trace_ids(trace: Trace, marker: int) -> list[int]:
     return trace.ids if trace.finished else [*trace.ids, marker]
 
 
-def answers_right(model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], contexts: list[list[int]]) -> list[bool]:
-    """Whether the greedy answer after prompt + context is the gold answer. More tokens than the gold has cannot be right."""
-    prompts = [[*e.prompt, *context] for e, context in zip(examples, contexts, strict=True)]
-    longest = max(len(e.answer) for e in examples)
-    answers = sample_traces(model, prompts, 1, longest, 0.0, tokenizer.eos_ids)
-    return [
-        answer.finished and len(answer.ids) <= len(e.answer) and tokenizer.decode(answer.ids).strip() == tokenizer.decode(e.answer).strip()
-        for e, (answer,) in zip(examples, answers, strict=True)
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------- the command
+# ---- the command
 def main() -> None:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory, a run's final/ for instance")
-    parser.add_argument("--question", help="one question to answer")
-    parser.add_argument("--gold", help="its gold answer: shows what thinking does to each of its tokens")
-    parser.add_argument("--data", help="JSONL file to score instead")
-    parser.add_argument("--limit", type=int, default=1000, help="rows of --data to score")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face directory, a run's final/ for instance"
+    )
+    parser.add_argument("--question", required=True, help="the question to answer")
     parser.add_argument("--max-trace", type=int, default=512, help="tokens")
     parser.add_argument("--max-answer", type=int, default=512, help="tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
@@ -357,54 +419,32 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    if (args.question is None) == (args.data is None):
-        raise InputError("give either --question or --data")
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}, it should be 0 or more")
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     if tokenizer.marker_is_new:
-        raise InputError(f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: was this model trained with another?")
+        raise InputError(
+            f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: was this model trained with another?"
+        )
     model = load_model(args.model, getattr(torch, args.dtype), args.device)
-    if args.data:
-        pairs = Pairs(args.data, tokenizer)
-        figures = evaluate(model, tokenizer, [pairs[i] for i in range(min(args.limit, len(pairs)))], args.max_trace)
-        print("\n".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    else:
-        talk(model, tokenizer, args)
-
-
-def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Prints the trace and the answer to one question, and what the trace does to the gold answer."""
     marker = tokenizer.marker_id
-    prompt = tokenizer.encode_prompt(tokenizer.prompt_format.replace("{question}", args.question.strip()))
+    prompt = tokenizer.encode_prompt(
+        tokenizer.prompt_format.replace("{question}", args.question.strip())
+    )
     if not prompt:
         raise InputError("--question is empty")
-    ((trace,),) = sample_traces(model, [prompt], 1, args.max_trace, args.temperature, [marker], args.seed, tokenizer.cut_ids)
+    ((trace,),) = sample_traces(
+        model, [prompt], 1, args.max_trace, args.temperature, [marker], args.seed, tokenizer.cut_ids
+    )
     context = [*prompt, *trace_ids(trace, marker)]
-    ((answer,),) = sample_traces(model, [context], 1, args.max_answer, args.temperature, tokenizer.eos_ids, args.seed)
-    print(f"trace   {tokenizer.decode(trace.ids, special=True)}" + ("" if trace.finished else " [cut: the marker was forced]"))
+    ((answer,),) = sample_traces(
+        model, [context], 1, args.max_answer, args.temperature, tokenizer.eos_ids, args.seed
+    )
+    print(
+        f"trace   {tokenizer.decode(trace.ids, special=True)}"
+        + ("" if trace.finished else " [cut: the marker was forced]")
+    )
     print(f"answer  {tokenizer.decode(answer.ids)}")
-    if args.gold:
-        gold = tokenizer.encode_answer(args.gold)
-        with torch.no_grad():
-            scores = score(model, prompt, [trace], gold, marker)
-        print(f"gold    {colour_by_gain(tokenizer, gold, scores.answer_logp[0], scores.null_logp)}")
-        think, null = float(scores.answer_logp.sum()), float(scores.null_logp.sum())
-        print(f"        log-prob {think:.2f} after thinking, {null:.2f} without: gain {think - null:+.2f} nats")
-
-
-def colour_by_gain(tokenizer: Tokenizer, gold: list[int], logp: Tensor, null_logp: Tensor) -> str:
-    """The gold tokens, green where thinking raised their log-prob and red where it lowered it; plain numbers where colours do not show."""
-    shown = []
-    for token, gain in zip(gold, (logp - null_logp).tolist(), strict=True):
-        text = tokenizer.decode([token], special=True)
-        if sys.stdout.isatty():
-            strength = min(4, int(abs(gain) + 0.5))  # full colour from 3.5 nats
-            ground = (16 + 36 * strength, 16 + 6 * strength)[gain > 0]  # a step of the terminal's red or green scale
-            shown.append(f"\x1b[48;5;{ground}m{text}\x1b[0m" if strength else text)
-        else:
-            shown.append(f"{text} ({gain:+.1f})")
-    return " ".join(shown)
 
 
 if __name__ == "__main__":

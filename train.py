@@ -33,17 +33,40 @@ from torch import Tensor
 from torch.distributed import DeviceMesh
 
 from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages, aggregate
-from checkpoint import first_rank_does, load_progress, newest_checkpoint, open_run, save_checkpoint, save_final
 from data import Example, Pairs, Tokenizer, next_examples, stream_seed
-from distributed import compute_copy, from_all, gather, own_share, rank, reduce_gradients, restarted, start, stop, world_size
-from errors import InputError, OneLineParser, TrainingError, exit_on_bad_input
-from log import Clock, Log, group_figures, summary
-from model import KEEP, Config, Transformer, copy_token_rows, load_model, whole
+from evaluate import evaluate
+from model import KEEP, Config, Transformer
 from reward import Scores, branch_loss, micro_batches, read_prompt, score
-from sample import Trace, evaluate, sample_traces
+from sample import Trace, sample_traces
+from support.checkpoint import (
+    first_rank_does,
+    load_progress,
+    newest_checkpoint,
+    open_run,
+    save_checkpoint,
+    save_final,
+)
+from support.distributed import (
+    compute_copy,
+    from_all,
+    gather,
+    own_share,
+    rank,
+    reduce_gradients,
+    restarted,
+    start,
+    stop,
+    world_size,
+)
+from support.errors import InputError, OneLineParser, TrainingError, exit_on_bad_input
+from support.metrics import Clock, Log, group_figures, summary
+from support.weights import copy_token_rows, load_model, whole
 
 LENGTH_SCALE = 512  # tokens; the one constant that divides every sum over tokens, so that no length weighs more than another
-RATIO_RANGE = (0.8, 1.28)  # truncation of pi / pi_sampler: wider above, as unlikely tokens need room to grow (DAPO, CISPO)
+RATIO_RANGE = (
+    0.8,
+    1.28,
+)  # truncation of pi / pi_sampler: wider above, as unlikely tokens need room to grow (DAPO, CISPO)
 MAX_BAD_UPDATES = 3  # NaN or inf this many times in a row is no accident
 SMALL_MODEL = 5_000_000  # parameters; below, two CPU threads gain next to nothing, and starve beside a busy process (EXPERIMENTS.md)
 
@@ -59,45 +82,115 @@ class Args:
 
     model: str = arg("examples/hops/base", "Hugging Face directory to start from")
     data: str = arg("examples/hops/train.jsonl", "question-answer pairs, JSONL")
-    eval_data: str = arg("examples/hops/test.jsonl", "held-out pairs; '' = no evaluation (also when only --data is given)")
-    out: str = arg("runs/hops", "folder of this run: args.json, log.jsonl, samples.jsonl, checkpoint-*/, final/")
-    steps: int = arg(30, "batches of questions; the embedded task is solved after about 10 (paper: 810)")
+    eval_data: str = arg(
+        "examples/hops/test.jsonl",
+        "held-out pairs; '' = no evaluation (also when only --data is given)",
+    )
+    out: str = arg(
+        "runs/hops",
+        "folder of this run: args.json, log.jsonl, samples.jsonl, checkpoint-*/, final/",
+    )
+    steps: int = arg(
+        30, "batches of questions; the embedded task is solved after about 10 (paper: 810)"
+    )
     questions: int = arg(16, "questions per step (paper: 256)")
-    traces: int = arg(8, "K, traces per question, as in the paper; 0 = plain SFT: the empty trace alone, answer cross-entropy")
-    aggregator: str = arg("weighted_sum_log_prob", "f, the reward of a trace; the default is the paper's best", list(AGGREGATORS))
-    answer_weight: str = arg("fixed", "omega: fixed = 1, the paper's main runs; exact = df/dlog c, the gradient of J", ["fixed", "exact"])
-    null: str = arg("policy", "weights that think nothing for null_logp: the current ones, or the initial ones", ["policy", "frozen"])
-    null_loss: float = arg(0.0, "weight of an SFT term on the empty trace; > 0 keeps null_logp from drifting off")
+    traces: int = arg(
+        8,
+        "K, traces per question, as in the paper; 0 = plain SFT: the empty trace alone, answer cross-entropy",
+    )
+    aggregator: str = arg(
+        "weighted_sum_log_prob",
+        "f, the reward of a trace; the default is the paper's best",
+        list(AGGREGATORS),
+    )
+    answer_weight: str = arg(
+        "fixed",
+        "omega: fixed = 1, the paper's main runs; exact = df/dlog c, the gradient of J",
+        ["fixed", "exact"],
+    )
+    null: str = arg(
+        "policy",
+        "weights that think nothing for null_logp: the current ones, or the initial ones",
+        ["policy", "frozen"],
+    )
+    null_loss: float = arg(
+        0.0, "weight of an SFT term on the empty trace; > 0 keeps null_logp from drifting off"
+    )
     clip_null: bool = arg(False, "reward = max(f - f of the empty trace, 0)")
-    center: str = arg("mean", "baseline of the advantage: group mean, leave-one-out mean, none", ["mean", "loo", "none"])
-    scale: str = arg("std", "divide advantages by the group's std (GRPO), or not (an unbiased gradient)", ["std", "none"])
+    center: str = arg(
+        "mean",
+        "baseline of the advantage: group mean, leave-one-out mean, none",
+        ["mean", "loo", "none"],
+    )
+    scale: str = arg(
+        "std",
+        "divide advantages by the group's std (GRPO), or not (an unbiased gradient)",
+        ["std", "none"],
+    )
     marker_weight: float = arg(0.3, "lambda, cross-entropy on a forced marker, as in the paper")
-    updates: int = arg(1, "optimizer updates per step, each on its share of the questions (paper: 4); > 1 turns on the truncated ratio")
-    micro_traces: int = arg(0, "traces per backward, 0 = all; fewer = less memory, one more forward pass, the same gradient")
-    activation_checkpointing: str = arg("none", "compute again in the backward pass: all but matrix products, or all", list(KEEP))
+    updates: int = arg(
+        1,
+        "optimizer updates per step, each on its share of the questions (paper: 4); > 1 turns on the truncated ratio",
+    )
+    micro_traces: int = arg(
+        0,
+        "traces per backward, 0 = all; fewer = less memory, one more forward pass, the same gradient",
+    )
+    activation_checkpointing: str = arg(
+        "none", "compute again in the backward pass: all but matrix products, or all", list(KEEP)
+    )
     max_trace: int = arg(48, "tokens a trace may have before the marker is forced (paper: 2048)")
-    slots: int = arg(0, "traces sampled at a time, 0 = as many as half of the free memory holds; the traces do not depend on it")
-    cuda_graphs: bool = arg(False, "record decode steps as CUDA graphs and replay them; off, as it has not been tried on a GPU yet")
+    slots: int = arg(
+        0,
+        "traces sampled at a time, 0 = as many as half of the free memory holds; the traces do not depend on it",
+    )
+    cuda_graphs: bool = arg(
+        False,
+        "record decode steps as CUDA graphs and replay them; off, as it has not been tried on a GPU yet",
+    )
     max_prompt: int = arg(4096, "longer prompts are skipped and counted")
-    max_answer: int = arg(2047, "longer answers are skipped and counted (paper: trace + marker + answer <= 4096)")
-    temperature: float = arg(1.0, "of sampling; at 1 the trace is drawn from the policy that is trained")
-    lr: float = arg(5e-4, "peak learning rate, for a 0.8M model from scratch (paper: 2e-6 for 3B-8B)")
-    warmup: float = arg(0.1, "share of the steps with linearly rising learning rate; constant after that")
+    max_answer: int = arg(
+        2047, "longer answers are skipped and counted (paper: trace + marker + answer <= 4096)"
+    )
+    temperature: float = arg(
+        1.0, "of sampling; at 1 the trace is drawn from the policy that is trained"
+    )
+    lr: float = arg(
+        5e-4, "peak learning rate, for a 0.8M model from scratch (paper: 2e-6 for 3B-8B)"
+    )
+    warmup: float = arg(
+        0.1, "share of the steps with linearly rising learning rate; constant after that"
+    )
     weight_decay: float = arg(0.01, "AdamW, paper's value; so are the next three")
     beta2: float = arg(0.95, "AdamW; beta1 is 0.9")
-    eps: float = arg(1e-15, "AdamW; gradients divided by 512 are small, the usual 1e-8 would damp them")
+    eps: float = arg(
+        1e-15, "AdamW; gradients divided by 512 are small, the usual 1e-8 would damp them"
+    )
     grad_clip: float = arg(1.0, "largest gradient norm of an update")
     seed: int = arg(0, "names every random stream; same seed, same run")
-    dtype: str = arg("float32", "compute; weights, gradient sums and optimizer stay fp32", ["float32", "bfloat16"])
+    dtype: str = arg(
+        "float32",
+        "compute; weights, gradient sums and optimizer stay fp32",
+        ["float32", "bfloat16"],
+    )
     device: str = arg("auto", "auto = cuda if there is one, else cpu")
-    resume: bool = arg(False, "continue from the newest checkpoint in --out, bit-identically on a CPU; if there is none, begin")
+    resume: bool = arg(
+        False,
+        "continue from the newest checkpoint in --out, bit-identically on a CPU; if there is none, begin",
+    )
     overwrite: bool = arg(False, "replace the run that --out holds")
     eval_every: int = arg(5, "steps between evaluations; also before the first and after the last")
     eval_questions: int = arg(200, "held-out questions, from the top of the file")
     save_every: int = arg(10, "steps between checkpoints; also after the last")
     keep: int = arg(2, "checkpoints kept")
-    marker: str | None = arg(None, "token between thinking and answer; default: the model directory's, else <|response_start|>")
-    prompt_format: str | None = arg(None, "prompt with {question} in it, \\n = newline; default: the model directory's, else Tulu's")
+    marker: str | None = arg(
+        None,
+        "token between thinking and answer; default: the model directory's, else <|response_start|>",
+    )
+    prompt_format: str | None = arg(
+        None,
+        "prompt with {question} in it, \\n = newline; default: the model directory's, else Tulu's",
+    )
 
 
 def parse_args(argv: Sequence[str]) -> Args:
@@ -109,7 +202,13 @@ def parse_args(argv: Sequence[str]) -> Args:
         else:
             kind = f.type if isinstance(f.type, type) else str
             shown = f.metadata["help"] + f" (default: {f.default})"
-            parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=shown.replace("%", "%%"))
+            parser.add_argument(
+                flag,
+                type=kind,
+                default=f.default,
+                choices=f.metadata["choices"],
+                help=shown.replace("%", "%%"),
+            )
     args = Args(**vars(parser.parse_args(argv)))
     if args.data != Args.data and args.eval_data == Args.eval_data:
         args.eval_data = ""  # the embedded test set says nothing about other data
@@ -123,28 +222,64 @@ def parse_args(argv: Sequence[str]) -> Args:
 
 def check_args(args: Args) -> None:
     """InputError naming the flag whose value cannot work, before anything is read or written."""
-    least = {"steps": 1, "questions": 1, "traces": 0, "updates": 1, "micro_traces": 0, "max_trace": 1, "max_prompt": 1, "max_answer": 1}
-    least |= {"slots": 0, "seed": 0, "eval_every": 1, "eval_questions": 1, "save_every": 1, "keep": 1}
-    least |= {"lr": 0, "warmup": 0, "weight_decay": 0, "eps": 0, "null_loss": 0, "marker_weight": 0, "beta2": 0}
+    least = {
+        "steps": 1,
+        "questions": 1,
+        "traces": 0,
+        "updates": 1,
+        "micro_traces": 0,
+        "max_trace": 1,
+        "max_prompt": 1,
+        "max_answer": 1,
+    }
+    least |= {
+        "slots": 0,
+        "seed": 0,
+        "eval_every": 1,
+        "eval_questions": 1,
+        "save_every": 1,
+        "keep": 1,
+    }
+    least |= {
+        "lr": 0,
+        "warmup": 0,
+        "weight_decay": 0,
+        "eps": 0,
+        "null_loss": 0,
+        "marker_weight": 0,
+        "beta2": 0,
+    }
     for name, low in least.items():
         if not getattr(args, name) >= low:  # "not >=", so that nan is refused too
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: should be at least {low}")
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: should be at least {low}"
+            )
     for name in ("temperature", "grad_clip"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: should be above 0")
     if not args.beta2 < 1 or not args.warmup <= 1:
-        raise InputError(f"--beta2 {args.beta2} --warmup {args.warmup}: beta2 should be below 1, warmup at most 1")
+        raise InputError(
+            f"--beta2 {args.beta2} --warmup {args.warmup}: beta2 should be below 1, warmup at most 1"
+        )
     if args.questions % (args.updates * world_size()):
         ranks = f" on each of {world_size()} processes" if world_size() > 1 else ""
-        raise InputError(f"--questions {args.questions} does not divide into --updates {args.updates} equal shares{ranks}")
+        raise InputError(
+            f"--questions {args.questions} does not divide into --updates {args.updates} equal shares{ranks}"
+        )
     if args.traces == 1 and args.center != "none" and args.aggregator != "jlb_multi":
-        raise InputError(f"--traces 1 with --center {args.center}: every advantage would be 0; take --traces 2 or more, or --center none")
+        raise InputError(
+            f"--traces 1 with --center {args.center}: every advantage would be 0; take --traces 2 or more, or --center none"
+        )
     if args.traces == 1 and args.scale != "none":
         raise InputError("--traces 1 with --scale std: one reward has no std; take --scale none")
     if args.clip_null and args.aggregator in GROUP_AGGREGATORS:
-        raise InputError(f"--clip-null with --aggregator {args.aggregator}: the empty trace has no reward outside the group")
+        raise InputError(
+            f"--clip-null with --aggregator {args.aggregator}: the empty trace has no reward outside the group"
+        )
     if args.traces == 0 and (args.null_loss > 0 or args.clip_null or args.null == "frozen"):
-        raise InputError("--traces 0 is plain SFT on the empty trace: --null, --null-loss and --clip-null have no meaning there")
+        raise InputError(
+            "--traces 0 is plain SFT on the empty trace: --null, --null-loss and --clip-null have no meaning there"
+        )
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite contradict each other")
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -166,19 +301,33 @@ def train(args: Args) -> None:
 
     out = Path(args.out)
     checkpoint = newest_checkpoint(out) if args.resume else None
-    model = load_model(checkpoint, device=args.device, mesh=mesh) if checkpoint else initial_model(args, tokenizer, mesh)  # fp32: trained
-    policy = compute_copy(model, getattr(torch, args.dtype))  # what samples, scores and collects gradients; often the model itself
+    model = (
+        load_model(checkpoint, device=args.device, mesh=mesh)
+        if checkpoint
+        else initial_model(args, tokenizer, mesh)
+    )  # fp32: trained
+    policy = compute_copy(
+        model, getattr(torch, args.dtype)
+    )  # what samples, scores and collects gradients; often the model itself
     policy.activation_checkpointing = args.activation_checkpointing
-    frozen_null = FrozenNull(initial_model(args, tokenizer), args.dtype, tokenizer.marker_id) if args.null == "frozen" else None
+    frozen_null = (
+        FrozenNull(initial_model(args, tokenizer), args.dtype, tokenizer.marker_id)
+        if args.null == "frozen"
+        else None
+    )
     if args.device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
         torch.set_num_threads(1)
     optimizer = make_optimizer(model, args)
     step, position = load_progress(checkpoint, model, optimizer) if checkpoint else (0, 0)
     row_fits = partial(fits, args, model.config)
     next_examples(pairs, position, 1, args.seed, row_fits)  # refuses if none does
-    first_rank_does(lambda: open_run(out, asdict(args)))  # not before everything that is read has proved good
+    first_rank_does(
+        lambda: open_run(out, asdict(args))
+    )  # not before everything that is read has proved good
     log = Log(out, args.steps, last_step=step)
-    log.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(pairs)} pairs, {len(held_out)} held out\n")
+    log.say(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(pairs)} pairs, {len(held_out)} held out\n"
+    )
 
     bad_updates = 0
     if step == 0 and held_out:
@@ -186,10 +335,19 @@ def train(args: Args) -> None:
     while step < args.steps:
         step += 1
         clock = Clock()
-        examples, position, skipped = next_examples(pairs, position, args.questions, args.seed, row_fits)
-        share = args.questions // args.updates  # questions of one update, of which every rank takes its own
-        own = [examples[update * share : (update + 1) * share][own_share(share)] for update in range(args.updates)]
-        groups = sample_groups(policy, tokenizer, [example for part in own for example in part], step, args)
+        examples, position, skipped = next_examples(
+            pairs, position, args.questions, args.seed, row_fits
+        )
+        share = (
+            args.questions // args.updates
+        )  # questions of one update, of which every rank takes its own
+        own = [
+            examples[update * share : (update + 1) * share][own_share(share)]
+            for update in range(args.updates)
+        ]
+        groups = sample_groups(
+            policy, tokenizer, [example for part in own for example in part], step, args
+        )
         clock.lap("sample")
 
         figures, norms, sampled = [], [], iter(groups)
@@ -198,25 +356,42 @@ def train(args: Args) -> None:
             figures.append([])
             for example in part:
                 null_logp = frozen_null(example) if args.null == "frozen" else None
-                figures[-1].append(train_group(policy, example, next(sampled), null_logp, tokenizer.marker_id, args, clock))
+                figures[-1].append(
+                    train_group(
+                        policy, example, next(sampled), null_logp, tokenizer.marker_id, args, clock
+                    )
+                )
             norms.append(apply_update(model, policy, optimizer, lr, args.grad_clip))
             bad_updates = 0 if math.isfinite(norms[-1]) else bad_updates + 1
             clock.lap("update")
 
-        everybodys = from_all(figures)  # [W][updates][questions], put back in the order of the batch
-        figures = [f for update in range(args.updates) for ranks in everybodys for f in ranks[update]]
+        everybodys = from_all(
+            figures
+        )  # [W][updates][questions], put back in the order of the batch
+        figures = [
+            f for update in range(args.updates) for ranks in everybodys for f in ranks[update]
+        ]
         tokens = sum(sum(f["length"]) for f in figures)
-        record = {"step": step} | summary(figures, norms) | {"lr": lr, "skipped_long": skipped} | clock.figures(tokens)
+        record = (
+            {"step": step}
+            | summary(figures, norms)
+            | {"lr": lr, "skipped_long": skipped}
+            | clock.figures(tokens)
+        )
         if held_out and (step % args.eval_every == 0 or step == args.steps):
             record |= evaluate_together(policy, tokenizer, held_out, args.max_trace)
         log.write(record)
         log.samples(step, tokenizer, examples[0], groups[0], figures[0])
         if bad_updates >= MAX_BAD_UPDATES:
-            raise TrainingError(f"step {step}: loss or gradient not finite {bad_updates} times in a row; none of it was applied, see {out}")
+            raise TrainingError(
+                f"step {step}: loss or gradient not finite {bad_updates} times in a row; none of it was applied, see {out}"
+            )
         if step % args.save_every == 0 or step == args.steps:
             save_checkpoint(out, step, position, model, tokenizer, optimizer, args.keep)
     save_final(out, model, tokenizer, args.model)
-    log.say(f"wrote {out / 'final'}, a Hugging Face directory; try: python sample.py --model {out / 'final'} --question ...")
+    log.say(
+        f"wrote {out / 'final'}, a Hugging Face directory; try: python sample.py --model {out / 'final'} --question ..."
+    )
     stop()
 
 
@@ -235,27 +410,51 @@ def fits(args: Args, config: Config, example: Example) -> bool:
     return prompt <= args.max_prompt and answer <= args.max_answer and prompt + answer <= room
 
 
-def sample_groups(policy: Transformer, tokenizer: Tokenizer, examples: list[Example], step: int, args: Args) -> list[list[Trace]]:
+def sample_groups(
+    policy: Transformer, tokenizer: Tokenizer, examples: list[Example], step: int, args: Args
+) -> list[list[Trace]]:
     """K traces per question. Plain SFT (K = 0) has the one empty trace, whose marker is forced."""
     if args.traces == 0:
         return [[Trace([], [], finished=False)] for _ in examples]
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(args.seed, step, example.index) for example in examples]
     stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
-    return sample_traces(policy, prompts, args.traces, args.max_trace, args.temperature, stop, seeds, cut, args.slots, args.cuda_graphs)
+    return sample_traces(
+        policy,
+        prompts,
+        args.traces,
+        args.max_trace,
+        args.temperature,
+        stop,
+        seeds,
+        cut,
+        args.slots,
+        args.cuda_graphs,
+    )
 
 
-def evaluate_together(policy: Transformer, tokenizer: Tokenizer, held_out: list[Example], max_trace: int) -> dict[str, float]:
+def evaluate_together(
+    policy: Transformer, tokenizer: Tokenizer, held_out: list[Example], max_trace: int
+) -> dict[str, float]:
     """sample.evaluate over all held-out examples, each rank its share of them."""
     own = held_out[rank() :: world_size()]
     parts = from_all((len(own), evaluate(policy, tokenizer, own, max_trace) if own else {}))
     parts = [(count, figures) for count, figures in parts if count]
-    return {name: sum(count * figures[name] for count, figures in parts) / len(held_out) for name in parts[0][1]}
+    return {
+        name: sum(count * figures[name] for count, figures in parts) / len(held_out)
+        for name in parts[0][1]
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- one question
 def train_group(
-    policy: Transformer, example: Example, traces: list[Trace], null_logp: Tensor | None, marker: int, args: Args, clock: "Clock"
+    policy: Transformer,
+    example: Example,
+    traces: list[Trace],
+    null_logp: Tensor | None,
+    marker: int,
+    args: Args,
+    clock: "Clock",
 ) -> dict:
     """Scores one question's K traces and adds the gradient of its share of the loss -> its figures for the log.
 
@@ -267,28 +466,46 @@ def train_group(
     branch_point = prompt if whole else prompt.leaves()
     with torch.set_grad_enabled(whole):
         micro = 0 if whole else args.micro_traces
-        scores = score(policy, branch_point, traces, example.answer, marker, True, args.temperature, True, micro)
+        scores = score(
+            policy,
+            branch_point,
+            traces,
+            example.answer,
+            marker,
+            True,
+            args.temperature,
+            True,
+            micro,
+        )
     null_logp = scores.null_logp.detach() if null_logp is None else null_logp
     reward, advantage, weight = judge(scores.answer_logp.detach(), null_logp, args)
     clock.lap("score")
 
-    log_ratio = scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)  # [K, Z], 0 where all is on-policy
+    log_ratio = scores.trace_logp.detach() - sampler_logp(
+        traces, scores.trace_logp
+    )  # [K, Z], 0 where all is on-policy
     weights = token_weights(scores, log_ratio, advantage, weight, args)
     losses = loss_terms(scores, weights)
     if whole:
         losses.sum().backward()
     else:
-        for batch in micro_batches([len(trace.ids) + len(example.answer) for trace in traces], args.micro_traces):
+        for batch in micro_batches(
+            [len(trace.ids) + len(example.answer) for trace in traces], args.micro_traces
+        ):
             part = [traces[i] for i in batch]
             own = (weights.trace[batch], weights.marker[batch], weights.answer[batch])
-            branch_loss(policy, branch_point, part, example.answer, marker, *own, args.temperature).backward()
+            branch_loss(
+                policy, branch_point, part, example.answer, marker, *own, args.temperature
+            ).backward()
         if weights.null > 0:
             null_scores = score(policy, branch_point, [], example.answer, marker)
             (-weights.null * null_scores.null_logp.sum()).backward()
         prompt.backward(branch_point)
     clock.lap("update")
     outside = (log_ratio.exp() < RATIO_RANGE[0]) | (log_ratio.exp() > RATIO_RANGE[1])
-    return group_figures(scores, traces, log_ratio, outside, reward, advantage, null_logp, losses.detach())
+    return group_figures(
+        scores, traces, log_ratio, outside, reward, advantage, null_logp, losses.detach()
+    )
 
 
 def judge(logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,8 +517,14 @@ def judge(logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor, 
         (null_reward,) = aggregate(args.aggregator, null_logp[None], null_logp)[0]
         exact = exact * (reward > null_reward)[:, None]  # where the clip holds, f is flat
         reward = (reward - null_reward).clamp(min=0)
-    center = "none" if args.aggregator == "jlb_multi" else args.center  # its reward is an advantage already
-    return reward, advantages(reward, center, args.scale), exact if args.answer_weight == "exact" else torch.ones_like(logp)
+    center = (
+        "none" if args.aggregator == "jlb_multi" else args.center
+    )  # its reward is an advantage already
+    return (
+        reward,
+        advantages(reward, center, args.scale),
+        exact if args.answer_weight == "exact" else torch.ones_like(logp),
+    )
 
 
 @dataclass
@@ -314,14 +537,18 @@ class TokenWeights:
     null: float  # --null-loss, on every answer token of the empty trace
 
 
-def token_weights(scores: Scores, log_ratio: Tensor, advantage: Tensor, answer_weight: Tensor, args: Args) -> TokenWeights:
+def token_weights(
+    scores: Scores, log_ratio: Tensor, advantage: Tensor, answer_weight: Tensor, args: Args
+) -> TokenWeights:
     """log_ratio [K, Z], advantage [K], answer_weight omega [K, T] -> the weights of the loss at the top of this file."""
     rho = truncated_ratio(log_ratio, advantage) if args.updates > 1 else torch.ones_like(log_ratio)
     questions, k = args.questions // args.updates, max(1, args.traces)
     return TokenWeights(
         trace=rho * advantage[:, None] * scores.trace_mask / (questions * k * LENGTH_SCALE),
         answer=answer_weight / (questions * k * LENGTH_SCALE),
-        marker=args.marker_weight * (~scores.finished).to(scores.marker_logp.dtype) / (questions * k * LENGTH_SCALE),
+        marker=args.marker_weight
+        * (~scores.finished).to(scores.marker_logp.dtype)
+        / (questions * k * LENGTH_SCALE),
         null=args.null_loss / (questions * LENGTH_SCALE),
     )
 
@@ -344,16 +571,30 @@ def truncated_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
 
 def sampler_logp(traces: list[Trace], like: Tensor) -> Tensor:
     """The sampler's own record of the traces' log-probs, [K, Z] like `like`, 0 beyond a trace."""
-    rows = [trace.logp if trace.cut_id is None else [*trace.logp, trace.cut_logp] for trace in traces]
-    return torch.tensor([row + [0.0] * (like.shape[1] - len(row)) for row in rows], dtype=like.dtype, device=like.device)
+    rows = [
+        trace.logp if trace.cut_id is None else [*trace.logp, trace.cut_logp] for trace in traces
+    ]
+    return torch.tensor(
+        [row + [0.0] * (like.shape[1] - len(row)) for row in rows],
+        dtype=like.dtype,
+        device=like.device,
+    )
 
 
 def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
     """fused: one pass over weights, gradients and moments, and no temporaries of their size."""
-    return torch.optim.AdamW(model.parameters(), args.lr, (0.9, args.beta2), args.eps, args.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        model.parameters(), args.lr, (0.9, args.beta2), args.eps, args.weight_decay, fused=True
+    )
 
 
-def apply_update(model: Transformer, policy: Transformer, optimizer: torch.optim.Optimizer, lr: float, grad_clip: float) -> float:
+def apply_update(
+    model: Transformer,
+    policy: Transformer,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    grad_clip: float,
+) -> float:
     """One AdamW update from all ranks' gradients -> their norm before clipping. A norm that is not finite means: nothing is applied."""
     reduce_gradients(model, policy)
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
@@ -376,7 +617,9 @@ class FrozenNull:
     @torch.no_grad()
     def __call__(self, example: Example) -> Tensor:
         if example.index not in self.known:
-            self.known[example.index] = score(self.model, example.prompt, [], example.answer, self.marker).null_logp
+            self.known[example.index] = score(
+                self.model, example.prompt, [], example.answer, self.marker
+            ).null_logp
         return self.known[example.index]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from errors import InputError
+from support.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +42,11 @@ def versions(*packages: str) -> dict[str, str]:
 def circumstances(device: str, *packages: str) -> dict:
     """The head of every result: where, when, with what. The load average is the machine's before we began: above zero, somebody else
     was computing too."""
-    head = dict(device=device_name(device), date=datetime.date.today().isoformat(), versions=versions(*packages))
+    head = dict(
+        device=device_name(device),
+        date=datetime.date.today().isoformat(),
+        versions=versions(*packages),
+    )
     head["threads"] = torch.get_num_threads()
     if device == "cpu" and hasattr(os, "getloadavg"):
         head["load_average"] = [round(load, 1) for load in os.getloadavg()]
@@ -60,15 +64,27 @@ def say(text: str) -> None:
 
 def recorded_command(script: str, model: str) -> str:
     """The command as the result remembers it: the model by its name alone, wherever it stands here."""
-    here = {model: Path(model).resolve().name, f"--model={model}": f"--model={Path(model).resolve().name}"}
-    return shlex.join(["python", f"bench/{script}", *(here.get(word, word) for word in sys.argv[1:])])
+    here = {
+        model: Path(model).resolve().name,
+        f"--model={model}": f"--model={Path(model).resolve().name}",
+    }
+    return shlex.join(
+        ["python", f"bench/{script}", *(here.get(word, word) for word in sys.argv[1:])]
+    )
 
 
 def save(what: str, result: dict, *tags: str) -> Path:
     """Writes bench/results/<what>-<device>-<date>[-<n>-threads][-<tags>].json, the threads on a CPU only."""
     threads = f"{result['threads']}-threads" if "load_average" in result else ""
-    words = "-".join(word for word in (what, result["device"], result["date"], threads, *tags) if word)
-    path = ROOT / "bench" / "results" / (re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + ".json")
+    words = "-".join(
+        word for word in (what, result["device"], result["date"], threads, *tags) if word
+    )
+    path = (
+        ROOT
+        / "bench"
+        / "results"
+        / (re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + ".json")
+    )
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
@@ -103,7 +119,11 @@ class Laps:
 
 def held_mb(device: str) -> float:
     """MB in use: allocated tensors on a GPU, the resident memory of this process on a CPU."""
-    return torch.cuda.memory_allocated() / 1e6 if device == "cuda" else (status_mb("VmRSS") or peak_mb(device))
+    return (
+        torch.cuda.memory_allocated() / 1e6
+        if device == "cuda"
+        else (status_mb("VmRSS") or peak_mb(device))
+    )
 
 
 def peak_mb(device: str) -> float:
@@ -118,7 +138,11 @@ def peak_mb(device: str) -> float:
 def status_mb(name: str) -> float:
     """A line of Linux's /proc/self/status in MB, 0 where there is no such thing."""
     file = Path("/proc/self/status")
-    line = re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE) if file.exists() else None
+    line = (
+        re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE)
+        if file.exists()
+        else None
+    )
     return int(line.group(1)) * 1024 / 1e6 if line else 0.0
 
 

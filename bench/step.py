@@ -60,14 +60,24 @@ from bench.machine import (  # noqa: E402
     say,
 )
 from data import Example, stream_seed  # noqa: E402
-from distributed import add_to_main_grad, compute_copy  # noqa: E402
-from errors import InputError, OneLineParser, TrainingError, exit_on_bad_input  # noqa: E402
-from model import file_name, load_model, read_config  # noqa: E402
 from sample import Trace, sample_traces  # noqa: E402
+from support.distributed import add_to_main_grad, compute_copy  # noqa: E402
+from support.errors import InputError, OneLineParser, TrainingError, exit_on_bad_input  # noqa: E402
+from support.weights import file_name, load_model, read_config  # noqa: E402
 from train import LENGTH_SCALE, Args, apply_update, make_optimizer, train_group  # noqa: E402
 
-PARTS = {"sample": "sample", "old_logp": "old log-prob", "null": "null", "score": "score", "update": "update"}
-SWEEP = {"traces": (2, 4, 8, 16, 32), "prompt": (64, 128, 256, 512, 1024, 2048), "new": (32, 64, 128, 256, 512)}
+PARTS = {
+    "sample": "sample",
+    "old_logp": "old log-prob",
+    "null": "null",
+    "score": "score",
+    "update": "update",
+}
+SWEEP = {
+    "traces": (2, 4, 8, 16, 32),
+    "prompt": (64, 128, 256, 512, 1024, 2048),
+    "new": (32, 64, 128, 256, 512),
+}
 
 
 # ---- the work ---------------------------------------------------------------------------------------------------------------
@@ -86,10 +96,22 @@ def make_work(flags: argparse.Namespace, vocab: int) -> Work:
     """Random token ids of fixed lengths, the same for the same --seed. Any id can be the marker: what it means costs nothing."""
     draw = torch.Generator().manual_seed(flags.seed)
     examples = [
-        Example(index, random_ids(flags.prompt, vocab, draw), random_ids(flags.answer, vocab, draw), question="", gold="")
+        Example(
+            index,
+            random_ids(flags.prompt, vocab, draw),
+            random_ids(flags.answer, vocab, draw),
+            question="",
+            gold="",
+        )
         for index in range(flags.questions)
     ]
-    args = Args(model=flags.model, questions=flags.questions, traces=flags.traces, max_trace=flags.new, seed=flags.seed)
+    args = Args(
+        model=flags.model,
+        questions=flags.questions,
+        traces=flags.traces,
+        max_trace=flags.new,
+        seed=flags.seed,
+    )
     args.dtype, args.device = flags.dtype, flags.device
     args.lr = 1e-6  # a real update that leaves the model what it was
     args.aggregator = "info_gain"  # in nats: a random answer's probabilities are all but 0, and equal rewards would be less work
@@ -107,7 +129,9 @@ class Learner:
 
 def make_learner(model: nn.Module, policy: nn.Module, args: Args) -> Learner:
     optimizer = make_optimizer(model, replace(args, lr=0.0))
-    for parameter in model.parameters():  # an update by nothing: every step to come finds its moments in place, the first one too
+    for parameter in (
+        model.parameters()
+    ):  # an update by nothing: every step to come finds its moments in place, the first one too
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
@@ -124,7 +148,9 @@ def load_transformers(args: Args) -> Learner:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, args.model, attn_implementation="sdpa")
+    load = partial(
+        transformers.AutoModelForCausalLM.from_pretrained, args.model, attn_implementation="sdpa"
+    )
     model = policy = load(dtype=torch.float32).to(args.device)
     if args.dtype != "float32":
         policy = load(dtype=getattr(torch, args.dtype)).to(args.device)
@@ -139,10 +165,14 @@ def load_transformers(args: Args) -> Learner:
 
 def sample_ours(policy: nn.Module, work: Work) -> list[list[Trace]]:
     seeds = [stream_seed(work.args.seed, example.index) for example in work.examples]
-    return sample_traces(policy, [e.prompt for e in work.examples], work.args.traces, work.args.max_trace, seed=seeds)
+    return sample_traces(
+        policy, [e.prompt for e in work.examples], work.args.traces, work.args.max_trace, seed=seeds
+    )
 
 
-def gradient_ours(policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps, keep: str = "none") -> None:
+def gradient_ours(
+    policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps, keep: str = "none"
+) -> None:
     policy.activation_checkpointing = keep
     for example, traces in zip(work.examples, groups, strict=True):
         train_group(policy, example, traces, None, work.marker, work.args, laps)
@@ -161,9 +191,21 @@ def sample_dense(policy: nn.Module, work: Work) -> list[list[Trace]]:
 
 
 def sample_generate(policy: nn.Module, work: Work) -> list[list[Trace]]:
-    k, new, prompts = work.args.traces, work.args.max_trace, torch.tensor(repeated_prompts(work), device=work.args.device)
+    k, new, prompts = (
+        work.args.traces,
+        work.args.max_trace,
+        torch.tensor(repeated_prompts(work), device=work.args.device),
+    )
     torch.manual_seed(work.args.seed)
-    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+    settings = dict(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=new,
+        max_new_tokens=new,
+        pad_token_id=0,
+    )
     with torch.no_grad():
         rows = policy.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
     traces = [Trace(ids, [], finished=False) for ids in rows[:, prompts.shape[1] :].tolist()]
@@ -186,28 +228,42 @@ def logits_transformers(policy: nn.Module, tokens: Tensor, count: int) -> Tensor
 def row_logp(logits: Callable, policy: nn.Module, rows: list[list[int]], count: int) -> Tensor:
     """Log-probs of the last `count` tokens of K equally long rows, [K, count]."""
     tokens = torch.tensor(rows, device=policy.lm_head.weight.device)
-    return logits(policy, tokens[:, :-1], count).log_softmax(-1).gather(-1, tokens[:, -count:, None])[..., 0]
+    return (
+        logits(policy, tokens[:, :-1], count)
+        .log_softmax(-1)
+        .gather(-1, tokens[:, -count:, None])[..., 0]
+    )
 
 
-def gradient_repeated(logits: Callable, policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps) -> None:
+def gradient_repeated(
+    logits: Callable, policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps
+) -> None:
     """The three passes, and train.py's loss written out for traces that were all cut:
 
     -1/(512 B K) sum_k [ A_k sum_t log pi(z_kt) + lambda log pi(m) + sum_i log c_ki ]
     """
     args, width = work.args, len(work.examples[0].answer)
-    rows = [[[*e.prompt, *trace.ids, work.marker, *e.answer] for trace in group] for e, group in zip(work.examples, groups, strict=True)]
+    rows = [
+        [[*e.prompt, *trace.ids, work.marker, *e.answer] for trace in group]
+        for e, group in zip(work.examples, groups, strict=True)
+    ]
     count = args.max_trace + 1 + width
     with torch.no_grad():
         old_logp = [row_logp(logits, policy, group, count) for group in rows]
         laps.lap("old_logp")
-        null_logp = [row_logp(logits, policy, [[*e.prompt, work.marker, *e.answer]] * args.traces, width) for e in work.examples]
+        null_logp = [
+            row_logp(logits, policy, [[*e.prompt, work.marker, *e.answer]] * args.traces, width)
+            for e in work.examples
+        ]
         laps.lap("null")
     for group, old, null in zip(rows, old_logp, null_logp, strict=True):
         reward, _ = aggregate(args.aggregator, old[:, -width:], null[0])
         weight = torch.ones_like(old)
         weight[:, : args.max_trace] = advantages(reward, args.center, args.scale)[:, None]
         weight[:, args.max_trace] = args.marker_weight
-        loss = -(weight * row_logp(logits, policy, group, count)).sum() / (args.questions * args.traces * LENGTH_SCALE)
+        loss = -(weight * row_logp(logits, policy, group, count)).sum() / (
+            args.questions * args.traces * LENGTH_SCALE
+        )
         loss.backward()
     laps.lap("update")
 
@@ -224,7 +280,9 @@ CONTENDERS = {
     "selective": Contender(load_native, sample_ours, partial(gradient_ours, keep="selective")),
     "full": Contender(load_native, sample_ours, partial(gradient_ours, keep="full")),
     "dense": Contender(load_native, sample_dense, partial(gradient_repeated, logits_dense)),
-    "transformers": Contender(load_transformers, sample_generate, partial(gradient_repeated, logits_transformers)),
+    "transformers": Contender(
+        load_transformers, sample_generate, partial(gradient_repeated, logits_transformers)
+    ),
 }
 
 
@@ -237,10 +295,14 @@ def step(name: str, learner: Learner, work: Work) -> dict[str, float]:
     groups = contender.sample(learner.policy, work)
     laps.lap("sample")
     contender.gradient(learner.policy, work, unfinished(groups, work), laps)
-    norm = apply_update(learner.model, learner.policy, learner.optimizer, work.args.lr, work.args.grad_clip)
+    norm = apply_update(
+        learner.model, learner.policy, learner.optimizer, work.args.lr, work.args.grad_clip
+    )
     laps.lap("update")
     if not norm < float("inf"):
-        raise TrainingError(f"{name}: the gradient's norm is {norm}, no update was made: there is nothing to time")
+        raise TrainingError(
+            f"{name}: the gradient's norm is {norm}, no update was made: there is nothing to time"
+        )
     total = sum(laps.seconds.values())
     parts = {f"{part}_s": seconds for part, seconds in laps.seconds.items()}
     return parts | {"score_update_s": total - parts["sample_s"], "total_s": total}
@@ -250,15 +312,22 @@ def unfinished(groups: list[list[Trace]], work: Work) -> list[list[Trace]]:
     """One trace in V happens to end with the marker: it gets another last token, so that all rows have one length."""
     for trace in (trace for group in groups for trace in group):
         if len(trace.ids) != work.args.max_trace:
-            raise TrainingError(f"a trace of {len(trace.ids)} tokens where {work.args.max_trace} were asked for")
+            raise TrainingError(
+                f"a trace of {len(trace.ids)} tokens where {work.args.max_trace} were asked for"
+            )
         trace.ids[-1] += trace.ids[-1] == work.marker
     return groups
 
 
-def gradients(name: str, model: nn.Module, work: Work, groups: list[list[Trace]]) -> dict[str, Tensor]:
+def gradients(
+    name: str, model: nn.Module, work: Work, groups: list[list[Trace]]
+) -> dict[str, Tensor]:
     """A contender's gradient of the loss on given traces, by the tensors' Hugging Face names."""
     CONTENDERS[name].gradient(model, work, groups, Laps())
-    found = {name if name.startswith("model.") else file_name(name): p.grad.cpu() for name, p in model.named_parameters()}
+    found = {
+        name if name.startswith("model.") else file_name(name): p.grad.cpu()
+        for name, p in model.named_parameters()
+    }
     model.zero_grad()
     return found
 
@@ -274,7 +343,11 @@ def agreement(names: list[str], learners: dict[str, Learner], work: Work) -> dic
     one = replace(work, examples=work.examples[:1])
     groups = unfinished(sample_ours(learners["ours"].policy, one), one)
     exact = gradients("ours", learners["ours"].model, one, groups)
-    return {name: difference(gradients(name, learners[name].model, one, groups), exact) for name in names if name != "ours"}
+    return {
+        name: difference(gradients(name, learners[name].model, one, groups), exact)
+        for name in names
+        if name != "ours"
+    }
 
 
 def memory(name: str, work: Work) -> dict[str, float]:
@@ -286,8 +359,25 @@ def memory(name: str, work: Work) -> dict[str, float]:
 
 def memory_elsewhere(name: str, flags: argparse.Namespace) -> dict[str, float]:
     """`memory` in a process of its own, which holds nothing of another contender's."""
-    settings = ("model", "questions", "traces", "prompt", "new", "answer", "dtype", "device", "seed")
-    command = [sys.executable, __file__, *(f"--{key}={getattr(flags, key)}" for key in settings), f"--only={name}", "--memory", "--json"]
+    settings = (
+        "model",
+        "questions",
+        "traces",
+        "prompt",
+        "new",
+        "answer",
+        "dtype",
+        "device",
+        "seed",
+    )
+    command = [
+        sys.executable,
+        __file__,
+        *(f"--{key}={getattr(flags, key)}" for key in settings),
+        f"--only={name}",
+        "--memory",
+        "--json",
+    ]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode == 0:
         return json.loads(child.stdout.splitlines()[-1])
@@ -295,12 +385,16 @@ def memory_elsewhere(name: str, flags: argparse.Namespace) -> dict[str, float]:
     if child.returncode == 2:
         raise InputError(last.removeprefix("error: "))
     raise TrainingError(
-        "out of memory" if "OutOfMemory" in last or child.returncode == -9 else last[:100] or f"exit code {child.returncode}"
+        "out of memory"
+        if "OutOfMemory" in last or child.returncode == -9
+        else last[:100] or f"exit code {child.returncode}"
     )
 
 
 def load_once(names: list[str], work: Work) -> dict[str, Learner]:
-    loaded = {load: load(work.args) for load in dict.fromkeys(CONTENDERS[name].load for name in names)}
+    loaded = {
+        load: load(work.args) for load in dict.fromkeys(CONTENDERS[name].load for name in names)
+    }
     return {name: loaded[CONTENDERS[name].load] for name in names}
 
 
@@ -311,7 +405,9 @@ def measure(names: list[str], flags: argparse.Namespace, work: Work) -> dict:
         say(f"memory: {name}")
         try:
             figures[name] |= memory_elsewhere(name, flags)
-        except TrainingError as error:  # a contender that fails says so in its row, it is not the end of the benchmark
+        except (
+            TrainingError
+        ) as error:  # a contender that fails says so in its row, it is not the end of the benchmark
             figures[name]["note"] = str(error)
     alive = [name for name in names if "note" not in figures[name]]
     try:
@@ -321,7 +417,9 @@ def measure(names: list[str], flags: argparse.Namespace, work: Work) -> dict:
             for name, apart in agreement(alive, learners, work).items():
                 figures[name]["gradient_difference"] = apart
     except torch.OutOfMemoryError:
-        raise TrainingError("out of memory: the contenders do not fit beside each other; time one after the other with --only") from None
+        raise TrainingError(
+            "out of memory: the contenders do not fit beside each other; time one after the other with --only"
+        ) from None
     rows = []
     for round_ in range(-1, flags.rounds):
         say(f"round {round_ + 1} of {flags.rounds}" if round_ >= 0 else "warm-up")
@@ -332,22 +430,39 @@ def measure(names: list[str], flags: argparse.Namespace, work: Work) -> dict:
             except torch.OutOfMemoryError:  # it fits alone, but not beside the other contenders
                 figures[name]["note"] = "out of memory beside the others: try --only"
                 alive.remove(name)
-                for parameter in (*learners[name].model.parameters(), *learners[name].policy.parameters()):
-                    parameter.grad = parameter.main_grad = None  # half a step's gradients, which others who share them should not find
+                for parameter in (
+                    *learners[name].model.parameters(),
+                    *learners[name].policy.parameters(),
+                ):
+                    parameter.grad = parameter.main_grad = (
+                        None  # half a step's gradients, which others who share them should not find
+                    )
                 torch.cuda.empty_cache()
                 continue
             if round_ >= 0:
                 rows.append({"name": name, "round": round_ + 1} | parts)
     for name in alive:
         timed = [row for row in rows if row["name"] == name]
-        figures[name] |= {key: statistics.median(row[key] for row in timed) for key in timed[0] if key.endswith("_s")}
-        figures[name]["tokens_per_s"] = flags.questions * flags.traces * flags.new / figures[name]["total_s"]
-    ratios = {name: ratio(figures[name], figures["ours"]) for name in alive if name != "ours" and "ours" in alive}
+        figures[name] |= {
+            key: statistics.median(row[key] for row in timed)
+            for key in timed[0]
+            if key.endswith("_s")
+        }
+        figures[name]["tokens_per_s"] = (
+            flags.questions * flags.traces * flags.new / figures[name]["total_s"]
+        )
+    ratios = {
+        name: ratio(figures[name], figures["ours"])
+        for name in alive
+        if name != "ours" and "ours" in alive
+    }
     return figures | {"ratios": ratios, "rows": rows}
 
 
 def ratio(peer: dict, ours: dict) -> dict[str, float]:
-    return {key: peer[key] / ours[key] for key in ("sample_s", "score_update_s", "total_s", "peak_mb")}
+    return {
+        key: peer[key] / ours[key] for key in ("sample_s", "score_update_s", "total_s", "peak_mb")
+    }
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------------------
@@ -356,7 +471,11 @@ def ratio(peer: dict, ours: dict) -> dict[str, float]:
 def sweep(flags: argparse.Namespace, vocab: int, axes: dict[str, tuple[int, ...]]) -> list[dict]:
     """Ours at every value of every axis, the others at their base -> a row each, with the two ways of counting its tokens."""
     points = [{"axis": axis, axis: value} for axis, values in axes.items() for value in values]
-    rows = [{key: getattr(flags, key) for key in ("questions", "traces", "prompt", "new", "answer")} | point for point in points]
+    rows = [
+        {key: getattr(flags, key) for key in ("questions", "traces", "prompt", "new", "answer")}
+        | point
+        for point in points
+    ]
     work = [make_work(argparse.Namespace(**vars(flags) | row), vocab) for row in rows]
     learner = CONTENDERS["ours"].load(work[0].args)
     times: list[list[dict]] = [[] for _ in rows]
@@ -365,10 +484,15 @@ def sweep(flags: argparse.Namespace, vocab: int, axes: dict[str, tuple[int, ...]
         for timed, one in zip(times, work, strict=True):
             timed.append(step("ours", learner, one))
     for row, (_, *timed) in zip(rows, times, strict=True):  # the first warmed up
-        row |= {key: statistics.median(one[key] for one in timed) for key in ("sample_s", "score_update_s", "total_s")}
+        row |= {
+            key: statistics.median(one[key] for one in timed)
+            for key in ("sample_s", "score_update_s", "total_s")
+        }
         branches = row["traces"] * (row["new"] + row["answer"])
         row["tokens_prompt_once"] = row["questions"] * (row["prompt"] + branches)
-        row["tokens_prompt_repeated"] = row["questions"] * (row["traces"] * row["prompt"] + branches)
+        row["tokens_prompt_repeated"] = row["questions"] * (
+            row["traces"] * row["prompt"] + branches
+        )
         for count in ("once", "repeated"):
             row[f"s_per_1000_{count}"] = 1000 * row["total_s"] / row[f"tokens_prompt_{count}"]
     return rows
@@ -395,17 +519,34 @@ def figure(value: float | None, digits: int) -> str:
 
 def table(names: list[str], result: dict) -> list[str]:
     """A line per contender, then one per peer with the peer's figure divided by ours."""
-    keys = [f"{part}_s" for part in PARTS] + ["score_update_s", "total_s", "tokens_per_s", "peak_mb", "loaded_mb"]
+    keys = [f"{part}_s" for part in PARTS] + [
+        "score_update_s",
+        "total_s",
+        "tokens_per_s",
+        "peak_mb",
+        "loaded_mb",
+    ]
     titles = [*PARTS.values(), "after sample", "total", "tokens/s", "peak MB", "loaded MB"]
     digits = [3] * (len(PARTS) + 2) + [0] * 3
-    lines = [f"{'seconds':20s}" + "".join(f"{title:>13s}" for title in titles) + f"{'gradient':>10s}"]
+    lines = [
+        f"{'seconds':20s}" + "".join(f"{title:>13s}" for title in titles) + f"{'gradient':>10s}"
+    ]
     for name in names:
         row = result[name]
-        apart = f"{row['gradient_difference']:10.1e}" if "gradient_difference" in row else f"{'-':>10s}"
-        cells = "".join(f"{figure(row.get(key), n):>13s}" for key, n in zip(keys, digits, strict=True))
+        apart = (
+            f"{row['gradient_difference']:10.1e}" if "gradient_difference" in row else f"{'-':>10s}"
+        )
+        cells = "".join(
+            f"{figure(row.get(key), n):>13s}" for key, n in zip(keys, digits, strict=True)
+        )
         lines.append(f"{name:20s}{cells}{apart}  {row.get('note', '')}".rstrip())
     for name, row in result["ratios"].items():
-        lines.append(f"{name + ' / ours':20s}" + "".join(f"{figure(row.get(key), 2) if key in row else '':>13s}" for key in keys).rstrip())
+        lines.append(
+            f"{name + ' / ours':20s}"
+            + "".join(
+                f"{figure(row.get(key), 2) if key in row else '':>13s}" for key in keys
+            ).rstrip()
+        )
     return lines
 
 
@@ -427,26 +568,66 @@ def sweep_table(rows: list[dict]) -> list[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "examples/hops/base"), help="Hugging Face directory (default: the embedded task's)")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default=str(ROOT / "examples/hops/base"),
+        help="Hugging Face directory (default: the embedded task's)",
+    )
     parser.add_argument("--questions", type=int, default=4, help="B, questions a step (4)")
     parser.add_argument("--traces", type=int, default=8, help="K, traces a question (8)")
     parser.add_argument("--prompt", type=int, default=96, help="P, tokens of a prompt (96)")
     parser.add_argument("--new", type=int, default=64, help="n, tokens of a trace (64)")
     parser.add_argument("--answer", type=int, default=48, help="T, tokens of an answer (48)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the computation (bfloat16)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = cuda if there is one, else cpu")
-    parser.add_argument("--peer", nargs="+", choices=["none", *list(CONTENDERS)[1:]], default=["dense"], help="beside ours (dense)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="bfloat16",
+        help="of the computation (bfloat16)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto = cuda if there is one, else cpu",
+    )
+    parser.add_argument(
+        "--peer",
+        nargs="+",
+        choices=["none", *list(CONTENDERS)[1:]],
+        default=["dense"],
+        help="beside ours (dense)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each (3)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sweep", action="store_true", help="ours alone, as traces, prompt and trace length grow")
+    parser.add_argument(
+        "--sweep", action="store_true", help="ours alone, as traces, prompt and trace length grow"
+    )
     parser.add_argument("--only", choices=list(CONTENDERS), help="this contender alone")
-    parser.add_argument("--memory", action="store_true", help="with --only: one step in this process, and its peak memory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="with --only: one step in this process, and its peak memory",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line"
+    )
     parser.add_argument("--save", action="store_true", help="write the result to bench/results/")
     flags = parser.parse_args(argv)
-    for name, least in {"questions": 1, "traces": 2, "prompt": 1, "new": 1, "answer": 1, "rounds": 1, "seed": 0}.items():
-        check_least(f"--{name}", getattr(flags, name), least)  # K >= 2: an advantage compares the traces of a group
+    for name, least in {
+        "questions": 1,
+        "traces": 2,
+        "prompt": 1,
+        "new": 1,
+        "answer": 1,
+        "rounds": 1,
+        "seed": 0,
+    }.items():
+        check_least(
+            f"--{name}", getattr(flags, name), least
+        )  # K >= 2: an advantage compares the traces of a group
     if "none" in flags.peer and len(flags.peer) > 1:
         raise InputError(f"--peer {' '.join(flags.peer)}: none goes alone")
     if flags.memory and not flags.only:
@@ -454,7 +635,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if flags.sweep and flags.only not in (None, "ours"):
         raise InputError(f"--sweep --only {flags.only}: the sweep is of ours alone")
     if "transformers" in (flags.only, *flags.peer) and not find_spec("transformers"):
-        raise InputError("the peer transformers needs the transformers library, which is not installed here; dense needs nothing")
+        raise InputError(
+            "the peer transformers needs the transformers library, which is not installed here; dense needs nothing"
+        )
     flags.device = check_device(flags.device)
     return flags
 
@@ -462,25 +645,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     flags = parse(sys.argv[1:])
     config = read_config(flags.model)
-    names = [flags.only] if flags.only else ["ours", *dict.fromkeys(peer for peer in flags.peer if peer != "none")]
+    names = (
+        [flags.only]
+        if flags.only
+        else ["ours", *dict.fromkeys(peer for peer in flags.peer if peer != "none")]
+    )
     if flags.memory:
         used = memory(flags.only, make_work(flags, config.vocab_size))
-        print(json.dumps(used) if flags.json else f"peak {used['peak_mb']:.0f} MB, {used['loaded_mb']:.0f} MB of it before the step")
+        print(
+            json.dumps(used)
+            if flags.json
+            else f"peak {used['peak_mb']:.0f} MB, {used['loaded_mb']:.0f} MB of it before the step"
+        )
         return
     model_name = Path(flags.model).resolve().name
     result = circumstances(flags.device, *(["transformers"] * ("transformers" in names)))
     settings = ("questions", "traces", "prompt", "new", "answer", "dtype", "rounds")
-    result |= {"command": recorded_command("step.py", flags.model), "model": model_name} | {key: getattr(flags, key) for key in settings}
+    result |= {"command": recorded_command("step.py", flags.model), "model": model_name} | {
+        key: getattr(flags, key) for key in settings
+    }
     if flags.sweep:
         result["rows"] = sweep(flags, config.vocab_size, SWEEP)
         lines = sweep_table(result["rows"])
     else:
         found = measure(names, flags, make_work(flags, config.vocab_size))
-        result |= found.get("ours", {}) | {name: found[name] for name in names if name != "ours"}  # ours stands at the top level
+        result |= found.get("ours", {}) | {
+            name: found[name] for name in names if name != "ours"
+        }  # ours stands at the top level
         result |= {"ratios": found["ratios"], "rows": found["rows"]}
         lines = table(names, found)
     lengths = f"{flags.questions} questions x {flags.traces} traces, prompt {flags.prompt}, trace {flags.new}, answer {flags.answer}"
-    print(f"{headline(result)}\n{model_name}, {flags.dtype}: {lengths}{' where not swept' * flags.sweep}; medians of {flags.rounds}")
+    print(
+        f"{headline(result)}\n{model_name}, {flags.dtype}: {lengths}{' where not swept' * flags.sweep}; medians of {flags.rounds}"
+    )
     print("\n".join(lines))
     if flags.save:
         print(

@@ -258,7 +258,9 @@ def _work(backend: str):
     """Whoever does the work on one chunk: the class below, or the Triton module with functions of the same names."""
     if backend == "torch":
         return Plain
-    from kernels import logprob_triton  # not at the top: the program must start where Triton is not installed
+    from kernels import (
+        logprob_triton,  # not at the top: the program must start where Triton is not installed
+    )
 
     return logprob_triton
 

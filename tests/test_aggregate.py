@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aggregate import AGGREGATORS, MAX_EXPONENT, MIN_STD, advantages, aggregate
-from errors import InputError
+from support.errors import InputError
 
 DTYPES = [torch.float32, torch.float64]
 # The rewards that are logarithms have an absolute error (c = 1 makes them 0), the others a relative one.
@@ -28,7 +28,10 @@ CASES = {  # name: (probabilities c [K][T], null probabilities [T])
     "K = 1 and T = 1": ([[0.4]], [0.3]),
     "K = 1, all certain": ([[1.0] * 4], [1.0] * 4),
     "equal traces": (ORDINARY[:1] * 5, ORDINARY_NULL),
-    "equal rewards of different traces": ([[0.2, 0.5, 0.9], [0.9, 0.2, 0.5], [0.5, 0.9, 0.2]], [0.3] * 3),
+    "equal rewards of different traces": (
+        [[0.2, 0.5, 0.9], [0.9, 0.2, 0.5], [0.5, 0.9, 0.2]],
+        [0.3] * 3,
+    ),
 }
 
 
@@ -55,8 +58,12 @@ def expected_reward(name: str, c: list[list[float]], null: list[float]) -> list[
         "prob": math.prod,
         "geometric_mean": lambda row: math.prod(row) ** (1 / t),
         "arithmetic_mean": statistics.fmean,
-        "weighted_sum_inverse_prob": lambda row: sum(p / n for p, n in zip(row, null, strict=True)) / t,
-        "weighted_sum_log_prob": lambda row: -sum(p * math.log(n) for p, n in zip(row, null, strict=True)) / t,
+        "weighted_sum_inverse_prob": lambda row: (
+            sum(p / n for p, n in zip(row, null, strict=True)) / t
+        ),
+        "weighted_sum_log_prob": lambda row: (
+            -sum(p * math.log(n) for p, n in zip(row, null, strict=True)) / t
+        ),
         "info_gain": lambda row: sum(math.log(p / n) for p, n in zip(row, null, strict=True)) / t,
     }[name]
     return [f(row) for row in c]
@@ -88,7 +95,11 @@ def given(case: str, dtype: torch.dtype) -> tuple:
 
 def rounding(logp: torch.Tensor, null_logp: torch.Tensor) -> float:
     """Relative error of exp(x) for x rounded to dtype: eps |x|, over the largest sum of logs there is."""
-    return 4 * torch.finfo(logp.dtype).eps * (1 + float(logp.sum(1).abs().max() + null_logp.abs().max()))
+    return (
+        4
+        * torch.finfo(logp.dtype).eps
+        * (1 + float(logp.sum(1).abs().max() + null_logp.abs().max()))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- reward and weight
@@ -113,11 +124,21 @@ def test_the_answer_weight_from_autograd_is_the_tables_closed_form(name, case, d
     _, weight = aggregate(name, logp, null_logp)
     expected = torch.tensor(expected_weight(name, c, null), dtype=torch.float64)
     assert weight.shape == expected.shape and weight.isfinite().all()
-    torch.testing.assert_close(weight.double(), expected, rtol=rounding(logp, null_logp), atol=torch.finfo(dtype).tiny)
+    torch.testing.assert_close(
+        weight.double(), expected, rtol=rounding(logp, null_logp), atol=torch.finfo(dtype).tiny
+    )
 
 
 def test_the_table_has_these_nine_methods():
-    singles = ["log_prob", "prob", "geometric_mean", "arithmetic_mean", "weighted_sum_inverse_prob", "weighted_sum_log_prob", "info_gain"]
+    singles = [
+        "log_prob",
+        "prob",
+        "geometric_mean",
+        "arithmetic_mean",
+        "weighted_sum_inverse_prob",
+        "weighted_sum_log_prob",
+        "info_gain",
+    ]
     assert list(AGGREGATORS) == [*singles, "r3", "jlb_multi"]
 
 
@@ -148,10 +169,14 @@ def test_weights_come_out_under_no_grad_too(name):
 
 
 def test_a_new_f_brings_its_answer_weight_along(monkeypatch):
-    monkeypatch.setitem(AGGREGATORS, "shortest_path", lambda logp, null_logp: logp.exp().min(dim=1).values)
+    monkeypatch.setitem(
+        AGGREGATORS, "shortest_path", lambda logp, null_logp: logp.exp().min(dim=1).values
+    )
     logp, null_logp, _, _ = given("ordinary", torch.float64)
     reward, weight = aggregate("shortest_path", logp, null_logp)
-    expected = torch.tensor([[0, 0, 0, 0.03], [0, 0, 0, 0.1], [0, 0.05, 0, 0]], dtype=torch.float64)  # w = c df/dc: c where c is least
+    expected = torch.tensor(
+        [[0, 0, 0, 0.03], [0, 0, 0, 0.1], [0, 0.05, 0, 0]], dtype=torch.float64
+    )  # w = c df/dc: c where c is least
     torch.testing.assert_close(reward, expected.sum(1), rtol=1e-14, atol=0)
     torch.testing.assert_close(weight, expected, rtol=1e-14, atol=0)
 
@@ -161,13 +186,17 @@ def test_r3s_own_weights_take_no_gradient():
     logp, null_logp, c, _ = given("ordinary", torch.float64)
     _, weight = aggregate("r3", logp, null_logp)
     assert torch.equal(weight, weight[:1].expand_as(weight))
-    torch.testing.assert_close(weight[0], torch.tensor(r3_weights(c), dtype=torch.float64), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        weight[0], torch.tensor(r3_weights(c), dtype=torch.float64), rtol=1e-13, atol=0
+    )
     assert float(weight[0].sum()) == pytest.approx(1.0, abs=1e-15)
 
 
 def test_jlb_multi_of_one_trace_is_log_prob():
     logp, null_logp, _, _ = given("K = 1", torch.float64)
-    for one, other in zip(aggregate("jlb_multi", logp, null_logp), aggregate("log_prob", logp, null_logp), strict=True):
+    for one, other in zip(
+        aggregate("jlb_multi", logp, null_logp), aggregate("log_prob", logp, null_logp), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -175,11 +204,22 @@ def test_jlb_multi_of_one_trace_is_log_prob():
 def test_one_over_null_is_capped_at_the_documented_exponent(dtype):
     """At the cap 4096 answer tokens that are certain still have finite rewards and weights, and just below it nothing is changed."""
     logp = torch.zeros(2, 4096, dtype=dtype)
-    reward, weight = aggregate("weighted_sum_inverse_prob", logp, torch.full((4096,), -1000.0, dtype=dtype))
+    reward, weight = aggregate(
+        "weighted_sum_inverse_prob", logp, torch.full((4096,), -1000.0, dtype=dtype)
+    )
     error = 128 * torch.finfo(dtype).eps  # of exp(80) computed in dtype, and of a sum of 4096
-    torch.testing.assert_close(reward.double(), torch.full((2,), math.exp(80), dtype=torch.float64), rtol=error, atol=0)
-    torch.testing.assert_close(weight.double(), torch.full((2, 4096), math.exp(80) / 4096, dtype=torch.float64), rtol=error, atol=0)
-    below, _ = aggregate("weighted_sum_inverse_prob", logp[:, :1], torch.tensor([-79.0], dtype=dtype))
+    torch.testing.assert_close(
+        reward.double(), torch.full((2,), math.exp(80), dtype=torch.float64), rtol=error, atol=0
+    )
+    torch.testing.assert_close(
+        weight.double(),
+        torch.full((2, 4096), math.exp(80) / 4096, dtype=torch.float64),
+        rtol=error,
+        atol=0,
+    )
+    below, _ = aggregate(
+        "weighted_sum_inverse_prob", logp[:, :1], torch.tensor([-79.0], dtype=dtype)
+    )
     assert float(below[0]) == pytest.approx(math.exp(79), rel=error) and MAX_EXPONENT == 80
 
 
@@ -195,7 +235,9 @@ REWARDS = [0.3, -1.2, 0.8, 2.5, 0.31]
 BY_HAND = {
     ("mean", "std"): lambda r, k: (r[k] - statistics.fmean(r)) / statistics.stdev(r),
     ("mean", "none"): lambda r, k: r[k] - statistics.fmean(r),
-    ("loo", "std"): lambda r, k: (r[k] - statistics.fmean(r[:k] + r[k + 1 :])) / statistics.stdev(r),
+    ("loo", "std"): lambda r, k: (
+        (r[k] - statistics.fmean(r[:k] + r[k + 1 :])) / statistics.stdev(r)
+    ),
     ("loo", "none"): lambda r, k: r[k] - statistics.fmean(r[:k] + r[k + 1 :]),
     ("none", "std"): lambda r, k: r[k] / statistics.stdev(r),
     ("none", "none"): lambda r, k: r[k],
@@ -206,7 +248,9 @@ BY_HAND = {
 @pytest.mark.parametrize("center, scale", BY_HAND)
 def test_advantages_are_the_formula_worked_by_hand(center, scale, rewards):
     expected = [BY_HAND[center, scale](rewards, k) for k in range(len(rewards))]
-    assert advantages(torch.tensor(rewards, dtype=torch.float64), center, scale).tolist() == pytest.approx(expected, rel=1e-13)
+    assert advantages(
+        torch.tensor(rewards, dtype=torch.float64), center, scale
+    ).tolist() == pytest.approx(expected, rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
@@ -234,8 +278,13 @@ def test_the_leave_one_out_baseline_does_not_know_the_traces_own_reward():
 
 def test_leave_one_out_keeps_the_policy_gradient_and_the_mean_halves_it_for_two_traces():
     """A policy over three traces: the sum over all pairs, weighted by their probability, of the REINFORCE estimate."""
-    p, reward = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([1.0, -0.4, 2.2], dtype=torch.float64)
-    score_function = torch.eye(3, dtype=torch.float64) - p  # d log p_a / d logits of a softmax: row a
+    p, reward = (
+        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        torch.tensor([1.0, -0.4, 2.2], dtype=torch.float64),
+    )
+    score_function = (
+        torch.eye(3, dtype=torch.float64) - p
+    )  # d log p_a / d logits of a softmax: row a
     exact = sum(p[a] * reward[a] * score_function[a] for a in range(3))
 
     def expectation(center: str) -> torch.Tensor:
@@ -266,22 +315,34 @@ def test_rewards_equal_up_to_rounding_get_exactly_no_advantage(size, dtype, cent
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_rewards_that_differ_by_more_than_the_floor_keep_their_advantages(size):
     reward = size + 3 * MIN_STD * torch.arange(4, dtype=torch.float64)
-    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64) / statistics.stdev(range(4))
-    torch.testing.assert_close(advantages(reward), expected, rtol=1e-8, atol=0)  # 1 + 3e-6 itself is only good to 1e-10
+    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64) / statistics.stdev(
+        range(4)
+    )
+    torch.testing.assert_close(
+        advantages(reward), expected, rtol=1e-8, atol=0
+    )  # 1 + 3e-6 itself is only good to 1e-10
 
 
 @pytest.mark.parametrize("center", ["mean", "loo"])
 def test_one_trace_cannot_be_centred(center):
     with pytest.raises(InputError) as refusal:
         advantages(torch.tensor([0.5]), center, "none")
-    assert "\n" not in str(refusal.value) and f"--center {center}" in str(refusal.value) and "--traces 1" in str(refusal.value)
+    assert (
+        "\n" not in str(refusal.value)
+        and f"--center {center}" in str(refusal.value)
+        and "--traces 1" in str(refusal.value)
+    )
 
 
 def test_one_trace_cannot_be_scaled_by_its_own_std():
     """Its std is 0, so that every advantage would be 0 and the trace would silently never be trained."""
     with pytest.raises(InputError) as refusal:
         advantages(torch.tensor([0.5]), "none", "std")
-    assert "\n" not in str(refusal.value) and "--scale std" in str(refusal.value) and "--traces 1" in str(refusal.value)
+    assert (
+        "\n" not in str(refusal.value)
+        and "--scale std" in str(refusal.value)
+        and "--traces 1" in str(refusal.value)
+    )
 
 
 def test_one_trace_as_it_is_keeps_its_reward():
@@ -293,12 +354,22 @@ def test_huge_fp32_rewards_stay_finite(center, scale):
     """weighted_sum_inverse_prob reaches 5e34, whose square is no fp32 number."""
     reward = torch.tensor([1e34, 3e34, 5e34, 0.0])
     rewards = reward.tolist()  # what fp32 makes of them
-    assert advantages(reward, center, scale).tolist() == pytest.approx([BY_HAND[center, scale](rewards, k) for k in range(4)], rel=1e-6)
+    assert advantages(reward, center, scale).tolist() == pytest.approx(
+        [BY_HAND[center, scale](rewards, k) for k in range(4)], rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("center, scale", [("median", "std"), ("mean", "mad"), ("", "none"), (None, "std")])
+@pytest.mark.parametrize(
+    "center, scale", [("median", "std"), ("mean", "mad"), ("", "none"), (None, "std")]
+)
 def test_unknown_centring_and_scaling_are_refused_in_one_line_that_names_the_known(center, scale):
     with pytest.raises(InputError) as refusal:
         advantages(torch.tensor([0.5, 0.7]), center, scale)
     text = str(refusal.value)
-    assert "\n" not in text and repr(center) in text and repr(scale) in text and "loo" in text and "std" in text
+    assert (
+        "\n" not in text
+        and repr(center) in text
+        and repr(scale) in text
+        and "loo" in text
+        and "std" in text
+    )

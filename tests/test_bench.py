@@ -12,11 +12,20 @@ import torch
 
 from bench import sample as bench_sample
 from bench import step as bench_step
-from errors import exit_on_bad_input
-from model import save_model
+from support.errors import exit_on_bad_input
+from support.weights import save_model
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--questions=2", "--traces=3", "--prompt=5", "--new=4", "--answer=3", "--dtype=float32", "--device=cpu", "--rounds=1"]
+SMALL = [
+    "--questions=2",
+    "--traces=3",
+    "--prompt=5",
+    "--new=4",
+    "--answer=3",
+    "--dtype=float32",
+    "--device=cpu",
+    "--rounds=1",
+]
 
 
 @pytest.fixture
@@ -49,7 +58,9 @@ def test_the_dense_recipe_has_our_gradient(directory, seed):
         assert bench_step.difference(bench_step.gradients(name, model, work, groups), ours) == 0
     assert model.activation_checkpointing == "none"  # or the contenders after it would pay for it
     others = bench_step.unfinished(bench_step.sample_dense(model, work), work)
-    assert bench_step.difference(bench_step.gradients("dense", model, work, others), ours) > 1e-2  # the measure does see a difference
+    assert (
+        bench_step.difference(bench_step.gradients("dense", model, work, others), ours) > 1e-2
+    )  # the measure does see a difference
 
 
 @pytest.mark.parametrize("name", ["ours", "selective", "full", "dense"])
@@ -60,7 +71,9 @@ def test_a_step_trains(directory, name, dtype):
     before = [parameter.detach().clone() for parameter in learner.model.parameters()]
     seconds = bench_step.step(name, learner, work)
     assert seconds["total_s"] == pytest.approx(seconds["sample_s"] + seconds["score_update_s"])
-    assert any(not torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True)
+    )
     assert all(parameter.grad is None for parameter in learner.model.parameters())
 
 
@@ -68,8 +81,13 @@ def test_making_the_optimizer_ready_changes_no_weight(directory):
     _, work = work_of(directory)
     learner = bench_step.load_native(work.args)
     fresh = bench_step.load_model(directory)
-    assert all(torch.equal(a, b) for a, b in zip(learner.model.parameters(), fresh.parameters(), strict=True))
-    assert all(torch.count_nonzero(state["exp_avg"]) == 0 for state in learner.optimizer.state.values())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(learner.model.parameters(), fresh.parameters(), strict=True)
+    )
+    assert all(
+        torch.count_nonzero(state["exp_avg"]) == 0 for state in learner.optimizer.state.values()
+    )
 
 
 def test_no_trace_ends_with_the_marker(directory):
@@ -83,41 +101,107 @@ def test_no_trace_ends_with_the_marker(directory):
 def test_step_prints_its_figures(directory):
     result = last_line("step.py", "--model", directory, *SMALL)
     keys = {"sample_s", "score_update_s", "total_s", "peak_mb", "loaded_mb", "tokens_per_s"}
-    assert keys | {"score_s", "update_s", "dense", "ratios", "rows", "device", "date", "versions", "threads"} <= result.keys()
-    assert keys | {"old_logp_s", "null_s", "update_s", "gradient_difference"} <= result["dense"].keys()
+    assert (
+        keys
+        | {
+            "score_s",
+            "update_s",
+            "dense",
+            "ratios",
+            "rows",
+            "device",
+            "date",
+            "versions",
+            "threads",
+        }
+        <= result.keys()
+    )
+    assert (
+        keys | {"old_logp_s", "null_s", "update_s", "gradient_difference"} <= result["dense"].keys()
+    )
     assert result["dense"]["gradient_difference"] < 1e-5
-    assert result["ratios"]["dense"]["total_s"] == pytest.approx(result["dense"]["total_s"] / result["total_s"])
+    assert result["ratios"]["dense"]["total_s"] == pytest.approx(
+        result["dense"]["total_s"] / result["total_s"]
+    )
     assert [row["name"] for row in result["rows"]] == ["ours", "dense"]
     assert 0 < result["loaded_mb"] <= result["peak_mb"]
-    assert directory not in json.dumps(result) and "--model tiny" in result["command"]  # a result tells nothing of somebody's disk
+    assert (
+        directory not in json.dumps(result) and "--model tiny" in result["command"]
+    )  # a result tells nothing of somebody's disk
 
 
 def test_step_sweeps(directory):
     flags, _ = work_of(directory)
     rows = bench_step.sweep(flags, tiny.SIZES["vocab_size"], {"traces": (2, 4), "prompt": (5, 10)})
     assert [(row["traces"], row["prompt"]) for row in rows] == [(2, 5), (4, 5), (3, 5), (3, 10)]
-    assert [row["tokens_prompt_once"] for row in rows] == [2 * (5 + 2 * 7), 2 * (5 + 4 * 7), 2 * (5 + 3 * 7), 2 * (10 + 3 * 7)]
-    assert [row["tokens_prompt_repeated"] for row in rows] == [2 * 2 * 12, 2 * 4 * 12, 2 * 3 * 12, 2 * 3 * 17]
-    assert all(row["s_per_1000_once"] == pytest.approx(1000 * row["total_s"] / row["tokens_prompt_once"]) for row in rows)
-    assert len(bench_step.sweep_table(rows)) == 1 + 4 + 1 + 1 + 2  # a title, the rows, a gap between axes and one before the two growths
+    assert [row["tokens_prompt_once"] for row in rows] == [
+        2 * (5 + 2 * 7),
+        2 * (5 + 4 * 7),
+        2 * (5 + 3 * 7),
+        2 * (10 + 3 * 7),
+    ]
+    assert [row["tokens_prompt_repeated"] for row in rows] == [
+        2 * 2 * 12,
+        2 * 4 * 12,
+        2 * 3 * 12,
+        2 * 3 * 17,
+    ]
+    assert all(
+        row["s_per_1000_once"] == pytest.approx(1000 * row["total_s"] / row["tokens_prompt_once"])
+        for row in rows
+    )
+    assert (
+        len(bench_step.sweep_table(rows)) == 1 + 4 + 1 + 1 + 2
+    )  # a title, the rows, a gap between axes and one before the two growths
 
 
 def test_sample_prints_its_figures(directory):
-    result = last_line("sample.py", "--model", directory, "--rows", "1", "3", "--prompt=5", "--new=4", "--dtype=float32", "--rounds=1")
-    assert {"bandwidth_gb_s", "matmul_tflop_s", "device", "date", "versions", "threads", "command"} <= result.keys()
+    result = last_line(
+        "sample.py",
+        "--model",
+        directory,
+        "--rows",
+        "1",
+        "3",
+        "--prompt=5",
+        "--new=4",
+        "--dtype=float32",
+        "--rounds=1",
+    )
+    assert {
+        "bandwidth_gb_s",
+        "matmul_tflop_s",
+        "device",
+        "date",
+        "versions",
+        "threads",
+        "command",
+    } <= result.keys()
     assert [row["rows"] for row in result["rows"]] == [1, 3]
-    keys = {"tokens_per_s", "tokens_per_s_with_prompt", "step_ms", "needed_mb", "needed_gflop", "bandwidth_share", "matmul_share"}
+    keys = {
+        "tokens_per_s",
+        "tokens_per_s_with_prompt",
+        "step_ms",
+        "needed_mb",
+        "needed_gflop",
+        "bandwidth_share",
+        "matmul_share",
+    }
     assert all(keys <= row.keys() and all(row[key] > 0 for key in keys) for row in result["rows"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_a_decode_step_needs(tied):
     model = tiny.model(dtype=torch.bfloat16, tie_word_embeddings=tied, sliding_window=6)
-    block = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24 + 2 * 16  # q, k and v, o; gate, up, down; two norms
+    block = (
+        16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24 + 2 * 16
+    )  # q, k and v, o; gate, up, down; two norms
     weights = 2 * block + 16 + 11 * 16  # norm, head: the embedding is looked up, not read
     held = 6  # of 10 tokens the window sees 6
     bytes_, flops = bench_sample.needs(model, rows=3, held=10)
-    assert bytes_ == 2 * (weights + 3 * held * 2 * 2 * 2 * 4)  # 2 bytes; keys and values, 2 layers, 2 heads of size 4
+    assert bytes_ == 2 * (
+        weights + 3 * held * 2 * 2 * 2 * 4
+    )  # 2 bytes; keys and values, 2 layers, 2 heads of size 4
     assert flops == 2 * 3 * weights + 3 * held * 4 * 2 * 4 * 4  # 4 query heads
 
 
@@ -147,7 +231,13 @@ def test_bad_input_is_one_line(script, flags, says, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         exit_on_bad_input(script.main)()
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and says in err
+    assert (
+        stopped.value.code == 2
+        and out == ""
+        and err.count("\n") == 1
+        and err.startswith("error: ")
+        and says in err
+    )
 
 
 def test_a_peer_that_is_not_installed_is_refused(monkeypatch, capsys):
@@ -158,7 +248,9 @@ def test_a_peer_that_is_not_installed_is_refused(monkeypatch, capsys):
     assert "transformers library, which is not installed here" in capsys.readouterr().err
 
 
-def test_broken_weights_found_by_a_measuring_process_are_refused_like_any_input(directory, monkeypatch, capsys):
+def test_broken_weights_found_by_a_measuring_process_are_refused_like_any_input(
+    directory, monkeypatch, capsys
+):
     (Path(directory) / "model.safetensors").write_bytes(b"not weights")
     monkeypatch.setattr(sys, "argv", ["bench", "--model", directory, *SMALL])
     with pytest.raises(SystemExit) as stopped:

@@ -15,23 +15,40 @@ import torch
 from safetensors import safe_open
 
 import model as model_module
-from distributed import compute_copy, own_share
-from errors import InputError
-from model import load_model, own_rows
+from support.distributed import compute_copy, own_share
+from support.errors import InputError
+from support.weights import load_model, own_rows
 from train import parse_args
 
 ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
-BRIEF = ["--steps=5", "--questions=4", "--traces=4", "--max-trace=12", "--eval-questions=5", "--eval-every=3", "--save-every=1"]
+BRIEF = [
+    "--steps=5",
+    "--questions=4",
+    "--traces=4",
+    "--max-trace=12",
+    "--eval-questions=5",
+    "--eval-every=3",
+    "--save-every=1",
+]
 # eps: with 1e-15 AdamW moves a weight by lr whatever its gradient, also where that is nothing but the rounding of a sum in another order
 BRIEF += ["--device=cpu", "--eps=1e-8"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start(out: Path, *flags: str, torchrun: list[str] | None = None, **env: str) -> subprocess.Popen:
+def start(
+    out: Path, *flags: str, torchrun: list[str] | None = None, **env: str
+) -> subprocess.Popen:
     launcher = [] if torchrun is None else ["-m", "torch.distributed.run", *torchrun]
     command = [sys.executable, *launcher, "train.py", *BRIEF, f"--out={out}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=ENV | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENV | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def output_of(process: subprocess.Popen) -> str:
@@ -64,7 +81,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in mine.keys() - WALL_CLOCK:
-            assert mine[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (mine["step"], name)
+            assert mine[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (
+                mine["step"],
+                name,
+            )
     for mine, other in zip(traces(a), traces(b), strict=True):
         assert mine == other
     ours, theirs = (dict(load_model(out / "final").named_parameters()) for out in (a, b))
@@ -74,7 +94,9 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def traces(out: Path) -> list:
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    return [(sample["question"], [trace["trace"] for trace in sample["traces"]]) for sample in samples]
+    return [
+        (sample["question"], [trace["trace"] for trace in sample["traces"]]) for sample in samples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +177,9 @@ def workers(agent: int) -> list[int]:
     return found
 
 
-def kill_at_random(out: Path, rng: random.Random, everything: bool, *flags: str, torchrun: list[str]) -> subprocess.Popen:
+def kill_at_random(
+    out: Path, rng: random.Random, everything: bool, *flags: str, torchrun: list[str]
+) -> subprocess.Popen:
     """Starts a run, and SIGKILLs one rank, or the agent and all ranks, some time after its first logged step."""
     process = start(out, *flags, torchrun=torchrun)
     for line in process.stdout:
@@ -174,12 +198,16 @@ def kill_at_random(out: Path, rng: random.Random, everything: bool, *flags: str,
 
 def assert_checkpoints_whole(out: Path) -> None:
     for checkpoint in out.glob("checkpoint-??????"):
-        assert (checkpoint / "progress.json").exists() and len(list((checkpoint / "optimizer").iterdir())) in (1, 2)
+        assert (checkpoint / "progress.json").exists() and len(
+            list((checkpoint / "optimizer").iterdir())
+        ) in (1, 2)
         load_model(checkpoint)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find torchrun's children")
-def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the_same(alone, tmp_path):
+def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the_same(
+    alone, tmp_path
+):
     seed = random.SystemRandom().randrange(10**6)
     print("kill seed", seed)  # pytest shows it if the test fails
     rng, out = random.Random(seed), tmp_path / "killed"
@@ -193,20 +221,31 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
     assert [line["step"] for line in read_log(out)] == [line["step"] for line in log]
     for ours, theirs in zip(read_log(out), log, strict=True):
         for name in (ours.keys() & theirs.keys()) - WALL_CLOCK - {"lr"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (
+                ours["step"],
+                name,
+            )
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find torchrun's children")
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_picks_up_by_itself(alone, tmp_path):
     out = tmp_path / "killed"
-    finish(kill_at_random(out, random.Random(0), False, "--overwrite", torchrun=processes(2, "--max-restarts=1")))
+    finish(
+        kill_at_random(
+            out, random.Random(0), False, "--overwrite", torchrun=processes(2, "--max-restarts=1")
+        )
+    )
     assert_same_run(out, alone)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find torchrun's children")
 def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(alone, tmp_path):
-    nodes = two_nodes(tmp_path / "killed", "--max-restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    while not (tmp_path / "killed/checkpoint-000001").exists() and all(node.poll() is None for node in nodes):
+    nodes = two_nodes(
+        tmp_path / "killed", "--max-restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
+    )
+    while not (tmp_path / "killed/checkpoint-000001").exists() and all(
+        node.poll() is None for node in nodes
+    ):
         pass
     for pid in workers(nodes[0].pid):
         os.kill(pid, signal.SIGKILL)
@@ -216,10 +255,15 @@ def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(a
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
-def test_restarts_of_several_nodes_are_refused_where_they_would_wait_for_processes_that_are_gone(tmp_path):
+def test_restarts_of_several_nodes_are_refused_where_they_would_wait_for_processes_that_are_gone(
+    tmp_path,
+):
     nodes = two_nodes(tmp_path / "never", "--max-restarts=1")
     output = output_of(nodes[0]) + output_of(nodes[1])
-    assert "error: --max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in output
+    assert (
+        "error: --max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        in output
+    )
     assert all(node.returncode != 0 for node in nodes) and not (tmp_path / "never").exists()
 
 
@@ -232,7 +276,9 @@ def test_questions_that_do_not_divide_among_the_processes_are_refused_by_name(mo
 
 
 def test_several_processes_refuse_with_one_line_between_them(alone):
-    process = start(alone, torchrun=processes(2))  # holds a run: only the first rank looks, and all must end
+    process = start(
+        alone, torchrun=processes(2)
+    )  # holds a run: only the first rank looks, and all must end
     output = output_of(process)
     lines = [line for line in output.splitlines() if line.startswith("error")]
     assert process.returncode != 0 and len(lines) == 1 and "already holds a run" in lines[0]
@@ -275,5 +321,7 @@ def test_a_rank_reads_its_own_rows_of_the_file_and_no_others(ranks, monkeypatch)
     monkeypatch.setattr(model_module, "as_rows", lambda own, like, mesh: own)
     monkeypatch.setattr(model_module, "assign", lambda model, state: state)
     parts = [load_model(base, mesh=Mesh(rank)) for rank in range(ranks)]
-    assert all(torch.equal(torch.cat([part[name] for part in parts]), expected[name]) for name in expected)
+    assert all(
+        torch.equal(torch.cat([part[name] for part in parts]), expected[name]) for name in expected
+    )
     assert all(len(part[name]) < len(expected[name]) for part in parts for name in expected)

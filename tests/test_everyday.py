@@ -32,14 +32,19 @@ def test_the_committed_files_are_what_make_writes():
 def test_every_row_parses(name):
     for number, line in enumerate((FOLDER / name).read_bytes().splitlines(), start=1):
         turns, gold = parse_row(line, f"{name}:{number}")
-        assert json.loads(line) == {"question": turns[0], "answer": gold}  # nothing to strip, nothing besides
+        assert json.loads(line) == {
+            "question": turns[0],
+            "answer": gold,
+        }  # nothing to strip, nothing besides
 
 
 def test_questions_and_answers_are_a_sentence_or_two():
     for row in ROWS:
         assert 10 <= len(row["question"].split()) <= 60, row
         assert 8 <= len(row["answer"].split()) <= 30, row
-        assert re.fullmatch(r"[A-Z].*\.", row["answer"]) and re.search(r"[.?]$", row["question"]), row
+        assert re.fullmatch(r"[A-Z].*\.", row["answer"]) and re.search(r"[.?]$", row["question"]), (
+            row
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- train and test
@@ -51,8 +56,16 @@ def test_train_and_test_rest_on_different_facts():
     _, tested = make.make_rows(make.TEST, seed=1, taken=set())
     _, trained = make.make_rows(make.TRAIN, seed=2, taken=tested)
     assert len(tested) == make.TEST and not tested & trained
-    for fact in [what for what, _ in make.CAUSES + make.ADVICE] + [like for _, like in make.THINGS]:  # the same, seen from the text
-        asked = [any(fact in row["question"].lower() or make.capital(fact) in row["question"] for row in rows) for rows in (TRAIN, TEST)]
+    for fact in [what for what, _ in make.CAUSES + make.ADVICE] + [
+        like for _, like in make.THINGS
+    ]:  # the same, seen from the text
+        asked = [
+            any(
+                fact in row["question"].lower() or make.capital(fact) in row["question"]
+                for row in rows
+            )
+            for rows in (TRAIN, TEST)
+        ]
         assert asked != [True, True], fact
 
 
@@ -63,16 +76,22 @@ def test_no_word_of_facts_txt_belongs_to_two_groups_or_two_opposites():
 
 # ---------------------------------------------------------------------------------------------------------------- answers
 # Each solver works an answer out from the words of the question alone, in another way than make.py makes it.
-ONES = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-)
+ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 NUMBERS = {word: n for n, word in enumerate(ONES, start=1)}
-for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2):
-    NUMBERS |= {word: 10 * tens} | {f"{word}-{one}": 10 * tens + n for n, one in enumerate(ONES[:9], start=1)}
+for tens, word in enumerate(
+    "twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2
+):
+    NUMBERS |= {word: 10 * tens} | {
+        f"{word}-{one}": 10 * tens + n for n, one in enumerate(ONES[:9], start=1)
+    }
 
 
 def numbers(text: str) -> list[int]:
-    return [NUMBERS[word] for word in re.findall(r"[a-z-]+", re.sub("-(pound|dollar|euro)", r" \1", text.lower())) if word in NUMBERS]
+    return [
+        NUMBERS[word]
+        for word in re.findall(r"[a-z-]+", re.sub("-(pound|dollar|euro)", r" \1", text.lower()))
+        if word in NUMBERS
+    ]
 
 
 def found(words: list[str], text: str) -> list[str]:
@@ -81,14 +100,18 @@ def found(words: list[str], text: str) -> list[str]:
 
 def right_change(question: str, answer: str) -> bool:
     *costs, paid = numbers(question)
-    several = re.search(r"each|One \w+ costs", question)  # "five, one for three" or "three each, five of them"
+    several = re.search(
+        r"each|One \w+ costs", question
+    )  # "five, one for three" or "three each, five of them"
     spent = costs[0] * costs[-1] if several else sum(costs)
     return numbers(re.search(r"[a-z-]+ (?=pound|dollar|euro)", answer)[0]) == [paid - spent]
 
 
 def right_order(question: str, answer: str) -> bool:
     """The one order of the three that contradicts no clue."""
-    clues = re.findall(r"(the \w+ \w+|\w+) is (\w+)er than (the \w+ \w+|\w+)", question.replace("The", "the"))
+    clues = re.findall(
+        r"(the \w+ \w+|\w+) is (\w+)er than (the \w+ \w+|\w+)", question.replace("The", "the")
+    )
     small = "short young slow weak light thinn".split()
     pairs = [(b, a) if less in small else (a, b) for a, less, b in clues]
     three = sorted({x for pair in pairs for x in pair})
@@ -100,20 +123,35 @@ def right_order(question: str, answer: str) -> bool:
 
 def right_weekday(question: str, answer: str) -> bool:
     days = [(date(2024, 1, 1) + timedelta(days=n)).strftime("%A") for n in range(7)]
-    near = {"the day before yesterday": -2, "yesterday": -1, "tomorrow": 1, "the day after tomorrow": 2}
-    (start,), steps, named = found(days, question), numbers(question), found(sorted(near, key=len)[::-1], question.lower())
+    near = {
+        "the day before yesterday": -2,
+        "yesterday": -1,
+        "tomorrow": 1,
+        "the day after tomorrow": 2,
+    }
+    (start,), steps, named = (
+        found(days, question),
+        numbers(question),
+        found(sorted(near, key=len)[::-1], question.lower()),
+    )
     if named:
         shift = near[named[1]] - near[named[0]]
     else:
         shift = steps[0] * (-1 if found(["before", "back", "ago"], question) else 1)
-    return {start, *found(days, answer)} == {start, (date(2024, 1, 1 + days.index(start)) + timedelta(days=shift)).strftime("%A")}
+    return {start, *found(days, answer)} == {
+        start,
+        (date(2024, 1, 1 + days.index(start)) + timedelta(days=shift)).strftime("%A"),
+    }
 
 
 def right_month(question: str, answer: str) -> bool:
     months = [date(2024, n, 1).strftime("%B") for n in range(1, 13)]
     (start,), (steps,) = found(months, question), numbers(question)
     shift = steps * (-1 if found(["before", "earlier", "ago"], question) else 1)
-    return {start, *found(months, answer)} == {start, (months * 3)[12 + months.index(start) + shift]}
+    return {start, *found(months, answer)} == {
+        start,
+        (months * 3)[12 + months.index(start) + shift],
+    }
 
 
 def right_turns(question: str, answer: str) -> bool:
@@ -131,7 +169,9 @@ def right_letters(question: str, answer: str) -> bool:
     if letter:
         return {1: "once", 2: "twice", 3: "three times"}[word.count(letter[1])] in answer
     if place:
-        return answer.endswith(f" is {word[' second third fourth fifth'.split(' ').index(place[0])]}.")
+        return answer.endswith(
+            f" is {word[' second third fourth fifth'.split(' ').index(place[0])]}."
+        )
     return numbers(answer.replace(word, "")) == [len(word)]
 
 

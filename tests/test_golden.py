@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import data
-from model import load_model, save_model
 from sample import sample_traces
+from support.weights import load_model, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.safetensors"))
@@ -29,7 +29,14 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 def test_the_golden_files_stay_small():
-    assert sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file() and "__pycache__" not in file.parts) < 1_000_000
+    assert (
+        sum(
+            file.stat().st_size
+            for file in GOLDEN.rglob("*")
+            if file.is_file() and "__pycache__" not in file.parts
+        )
+        < 1_000_000
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -45,8 +52,14 @@ def test_both_generations_of_llama31_hold_the_same_model():
     old, new = config("llama31_rope_scaling"), config("llama31_rope_parameters")
     assert "rope_parameters" not in old and not {"rope_theta", "rope_scaling"} & new.keys()
     assert new["rope_parameters"] == {**old["rope_scaling"], "rope_theta": old["rope_theta"]}
-    for file in ("model.safetensors", "expected.safetensors"):  # expected: to the bit, the logits are identical
-        assert_same_tensors(load_file(GOLDEN / "llama31_rope_scaling" / file), load_file(GOLDEN / "llama31_rope_parameters" / file))
+    for file in (
+        "model.safetensors",
+        "expected.safetensors",
+    ):  # expected: to the bit, the logits are identical
+        assert_same_tensors(
+            load_file(GOLDEN / "llama31_rope_scaling" / file),
+            load_file(GOLDEN / "llama31_rope_parameters" / file),
+        )
 
 
 def test_the_shards_hold_the_same_model_as_one_file():
@@ -58,20 +71,31 @@ def test_the_shards_hold_the_same_model_as_one_file():
         with safe_open(folder / file, framework="pt") as shard:
             shards[name] = shard.get_tensor(name)
     assert_same_tensors(shards, load_file(whole / "model.safetensors"))
-    assert_same_tensors(load_file(folder / "expected.safetensors"), load_file(whole / "expected.safetensors"))
+    assert_same_tensors(
+        load_file(folder / "expected.safetensors"), load_file(whole / "expected.safetensors")
+    )
 
 
 def tokenizer(kind: str) -> tuple[Tokenizer, str, str]:
     """The tokenizer, and the text of its bos and eos, which stand in tokenizer_config.json as a string or as an object."""
     folder = GOLDEN / "tokenizers" / kind
     named = json.loads((folder / "tokenizer_config.json").read_text())
-    bos, eos = (token["content"] if isinstance(token, dict) else token for token in (named["bos_token"], named["eos_token"]))
+    bos, eos = (
+        token["content"] if isinstance(token, dict) else token
+        for token in (named["bos_token"], named["eos_token"])
+    )
     return Tokenizer.from_file(str(folder / "tokenizer.json")), bos, eos
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "text", ["The answer is 42.", "two\nlines,  two spaces", "<|user|>\nWhat is 7 * 7?\n<|assistant|>\n", "naïve 日本 🙂"]
+    "text",
+    [
+        "The answer is 42.",
+        "two\nlines,  two spaces",
+        "<|user|>\nWhat is 7 * 7?\n<|assistant|>\n",
+        "naïve 日本 🙂",
+    ],
 )
 def test_tokenizers_give_back_any_text(kind, text):
     tok, bos, _ = tokenizer(kind)
@@ -101,11 +125,20 @@ def test_an_export_is_what_transformers_has_read_and_continued(tmp_path):
     save_model(model, tmp_path)
     data.Tokenizer(export).save(tmp_path)
     files = {file.name for file in tmp_path.iterdir()}
-    assert files == {"config.json", "model.safetensors", "nrt.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "nrt.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert all((tmp_path / name).read_bytes() == (export / name).read_bytes() for name in files)
     for case in json.loads((export / "expected.json").read_text()):
         row = {"messages": [*case["messages"], {"role": "assistant", "content": "gold"}]}
         turns, _ = data.parse_row(json.dumps(row).encode(), "row")
-        assert tokenizer.encode_prompt(data.render(turns, tokenizer.prompt_format, tokenizer.eos)) == case["prompt"]
+        assert (
+            tokenizer.encode_prompt(data.render(turns, tokenizer.prompt_format, tokenizer.eos))
+            == case["prompt"]
+        )
         ((trace,),) = sample_traces(model, [case["prompt"]], 1, len(case["greedy"]), temperature=0)
         assert trace.ids == case["greedy"]

@@ -12,15 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from errors import InputError
-from model import Config, Prefix, Transformer, copy_token_rows, load_model, read_config, rope_table, save_model
+from model import Config, Prefix, Transformer, rope_table
 from sample import Beginning, Slots
+from support.errors import InputError
+from support.weights import copy_token_rows, load_model, read_config, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.safetensors"))
 
 every_model = pytest.mark.parametrize("name", MODELS)
-both_dtypes = pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+both_dtypes = pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"]
+)
 
 
 def golden_tokens(name: str) -> Tensor:
@@ -54,14 +57,19 @@ class BarePast:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.kv:
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.kv[layer], (k, v), strict=True))
+            k, v = (
+                torch.cat([old, new], dim=2)
+                for old, new in zip(self.kv[layer], (k, v), strict=True)
+            )
         self.kv[layer] = (k, v)
         return k, v
 
 
 @every_model
 @both_dtypes
-@pytest.mark.parametrize("sizes", [[1] * 24, [5, 1, 10, 8]], ids=["token by token", "piece by piece"])
+@pytest.mark.parametrize(
+    "sizes", [[1] * 24, [5, 1, 10, 8]], ids=["token by token", "piece by piece"]
+)
 @torch.no_grad()
 def test_a_text_read_in_pieces_equals_the_text_read_at_once(name, dtype, tolerance, sizes):
     model, tokens, past = load_model(GOLDEN / name, dtype), golden_tokens(name), BarePast()
@@ -92,17 +100,30 @@ def test_the_samplers_slots_token_by_token_equal_the_text_read_at_once(name, dty
 def test_rows_of_different_length_decode_as_if_each_were_alone(name, dtype, tolerance):
     model, tokens = load_model(GOLDEN / name, dtype), golden_tokens(name)
     prefix = Prefix()
-    model(torch.stack([tokens[0, :14].where(torch.arange(14) < 3, 7), tokens[1, :14]]), prefix)  # the first row is padded by 11
+    model(
+        torch.stack([tokens[0, :14].where(torch.arange(14) < 3, 7), tokens[1, :14]]), prefix
+    )  # the first row is padded by 11
     slots = Slots(model.config, 4, capacity=24, traces=4, like=tokens.new_empty(0, dtype=dtype))
     hidden = torch.zeros(model.config.hidden_size, dtype=dtype)
-    slots.refill(range(4), iter([Beginning(i, (3, 14)[i // 2], prefix, i // 2, hidden) for i in range(4)]))
+    slots.refill(
+        range(4), iter([Beginning(i, (3, 14)[i // 2], prefix, i // 2, hidden) for i in range(4)])
+    )
     steps = []
     for t in range(10):
-        steps.append(model(torch.stack([tokens[0, 3 + t], tokens[0, 3 + t], tokens[1, 14 + t], tokens[1, 14 + t]])[:, None], slots))
+        steps.append(
+            model(
+                torch.stack(
+                    [tokens[0, 3 + t], tokens[0, 3 + t], tokens[1, 14 + t], tokens[1, 14 + t]]
+                )[:, None],
+                slots,
+            )
+        )
         slots.length += slots.live
         slots.steps += 1
     got, whole = torch.cat(steps, dim=1), model(tokens)  # [4, 10, H], [2, 24, H]
-    assert_close(got, torch.stack([whole[0, 3:13], whole[0, 3:13], whole[1, 14:], whole[1, 14:]]), tolerance)
+    assert_close(
+        got, torch.stack([whole[0, 3:13], whole[0, 3:13], whole[1, 14:], whole[1, 14:]]), tolerance
+    )
 
 
 @every_model
@@ -116,7 +137,9 @@ def test_a_prompt_read_once_then_branches_equals_whole_rows(name, dtype, toleran
     assert_close(model(prompt, prefix), model(tokens[:1])[:, :11], tolerance)
     whole = model(torch.cat([prompt.expand(3, -1), branches], dim=1))[:, 11:]
     assert_close(model(branches, prefix), whole, tolerance)
-    assert_close(model(branches[2:, :4], prefix), whole[2:, :4], tolerance)  # the branches before have left the prefix as it was
+    assert_close(
+        model(branches[2:, :4], prefix), whole[2:, :4], tolerance
+    )  # the branches before have left the prefix as it was
     assert prefix.length == 11
 
 
@@ -127,7 +150,11 @@ def test_gradients_through_a_prefix_equal_those_of_whole_rows():
     goal = torch.randn(3, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     (model(tokens)[:, 5:] * goal).sum().backward()
-    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    whole = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     model.zero_grad()
     prefix = Prefix()
     model(tokens[:1, :5], prefix)
@@ -137,7 +164,9 @@ def test_gradients_through_a_prefix_equal_those_of_whole_rows():
     (model(tokens[:, 5:], prefix) * goal).sum().backward()
 
     assert all(tensor.grad.abs().max() > 0 for tensor in kept)
-    assert whole.keys() == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert whole.keys() == {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     for name, grad in whole.items():
         assert_close(model.get_parameter(name).grad, grad, 1e-12)
 
@@ -166,7 +195,12 @@ def test_no_token_sees_a_later_one_or_one_beyond_its_window():
     other = tokens.clone()
     other[0, 3] = (tokens[0, 3] + 1) % 11
     changed = (model(tokens) != model(other)).any(dim=-1)[0]
-    assert changed.nonzero()[:, 0].tolist() == [3, 4, 5, 6]  # itself and the next three: a window of 4 includes the token itself
+    assert changed.nonzero()[:, 0].tolist() == [
+        3,
+        4,
+        5,
+        6,
+    ]  # itself and the next three: a window of 4 includes the token itself
 
 
 def test_positions_are_not_rounded_in_a_bf16_model():
@@ -176,19 +210,33 @@ def test_positions_are_not_rounded_in_a_bf16_model():
     angle = positions.double()[:, None] * 10000.0 ** -(torch.arange(0, 8, 2).double() / 8)
     for got, exact in ((cos, angle.cos()), (sin, angle.sin())):
         assert got.dtype == torch.bfloat16 and got.shape == (1, 1, 5, 4)
-        assert (got[0, 0].double() - exact).abs().max() < 2**-8  # the rounding of the result, not of the angle
+        assert (
+            got[0, 0].double() - exact
+        ).abs().max() < 2**-8  # the rounding of the result, not of the angle
 
 
 # ---------------------------------------------------------------------------------------------------------------- config.json
 def config_of(tmp_path: Path, kind: str, drop: tuple = (), **changes) -> Config:
     """What is read from the golden llama2's config.json as a `kind`, without the keys `drop` and with `changes`."""
-    source = json.loads((GOLDEN / "llama2" / "config.json").read_text()) | {"model_type": kind} | changes
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in source.items() if key not in drop}))
+    source = (
+        json.loads((GOLDEN / "llama2" / "config.json").read_text()) | {"model_type": kind} | changes
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in source.items() if key not in drop})
+    )
     return read_config(tmp_path)
 
 
 def test_keys_that_llama_leaves_out_mean_what_they_mean_to_transformers(tmp_path):
-    absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "hidden_act")
+    absent = (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "hidden_act",
+    )
     config = config_of(tmp_path, "llama", absent)
     assert (config.num_key_value_heads, config.head_dim, config.sliding_window) == (4, 8, None)
     assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
@@ -197,9 +245,21 @@ def test_keys_that_llama_leaves_out_mean_what_they_mean_to_transformers(tmp_path
 
 
 def test_keys_that_mistral_leaves_out_mean_what_they_mean_to_transformers(tmp_path):
-    absent = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "hidden_act")
+    absent = (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "hidden_act",
+    )
     config = config_of(tmp_path, "mistral", absent, num_attention_heads=16)
-    assert (config.num_key_value_heads, config.head_dim, config.sliding_window) == (8, 2, 4096)  # Mistral 7B's own
+    assert (config.num_key_value_heads, config.head_dim, config.sliding_window) == (
+        8,
+        2,
+        4096,
+    )  # Mistral 7B's own
     assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
     assert config.tie_word_embeddings is False
 
@@ -215,7 +275,13 @@ def test_llama_has_no_sliding_window(tmp_path):
 
 def test_rope_parameters_go_before_the_older_keys(tmp_path):
     new = {"rope_theta": 500.0, "rope_type": "default"}
-    config = config_of(tmp_path, "llama", rope_parameters=new, rope_theta=7.0, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    config = config_of(
+        tmp_path,
+        "llama",
+        rope_parameters=new,
+        rope_theta=7.0,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
+    )
     assert (config.rope_theta, config.rope_scaling) == (500.0, None)
 
 
@@ -244,12 +310,16 @@ def test_a_saved_model_loads_bit_for_bit(name, limit, tmp_path):
     model = load_model(GOLDEN / name)
     save_model(model, tmp_path, **({} if limit is None else {"max_shard_bytes": limit}))
     assert_same_weights(load_model(tmp_path), model)
-    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1  # weights are as readable as config.json
+    assert (
+        len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+    )  # weights are as readable as config.json
     config, back = model.config, read_config(tmp_path)
     assert {f.name: getattr(back, f.name) for f in fields(Config) if f.name != "source"} == {
         f.name: getattr(config, f.name) for f in fields(Config) if f.name != "source"
     }
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((GOLDEN / name / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        (GOLDEN / name / "config.json").read_text()
+    )
     originals = {
         tensor: value
         for file in GOLDEN.joinpath(name).glob("model*.safetensors")
@@ -257,7 +327,9 @@ def test_a_saved_model_loads_bit_for_bit(name, limit, tmp_path):
         if not tensor.endswith("inv_freq")
     }
     written = tensors_in(tmp_path)
-    assert written.keys() == originals.keys() and all(torch.equal(written[tensor], originals[tensor]) for tensor in written)
+    assert written.keys() == originals.keys() and all(
+        torch.equal(written[tensor], originals[tensor]) for tensor in written
+    )
 
 
 def test_shards_keep_to_their_size_and_the_index_tells_all(tmp_path):
@@ -266,11 +338,16 @@ def test_shards_keep_to_their_size_and_the_index_tells_all(tmp_path):
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(files) == 5 and files == [f"model-{i + 1:05}-of-00005.safetensors" for i in range(5)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    sizes = {file: {name: tensor.nbytes for name, tensor in load_file(tmp_path / file).items()} for file in files}
+    sizes = {
+        file: {name: tensor.nbytes for name, tensor in load_file(tmp_path / file).items()}
+        for file in files
+    }
     assert all(sum(shard.values()) <= 20_000 for shard in sizes.values())
     assert index["weight_map"] == {name: file for file in files for name in sizes[file]}
     assert index["metadata"]["total_size"] == sum(sum(shard.values()) for shard in sizes.values())
-    assert index["metadata"]["total_size"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert index["metadata"]["total_size"] == sum(
+        parameter.nbytes for parameter in model.parameters()
+    )
 
 
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path):
@@ -280,13 +357,22 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path):
     assert_same_weights(load_model(tmp_path), model)
 
 
-@pytest.mark.parametrize("limits", [(20_000, 10**9), (10**9, 20_000), (1, 20_000)], ids=["fewer files", "more files", "other shards"])
+@pytest.mark.parametrize(
+    "limits",
+    [(20_000, 10**9), (10**9, 20_000), (1, 20_000)],
+    ids=["fewer files", "more files", "other shards"],
+)
 def test_a_directory_saved_to_twice_holds_the_second_model_alone(limits, tmp_path):
-    first, second = tiny.model(1, torch.float32, hidden_size=64), tiny.model(2, torch.float32, hidden_size=64)
+    first, second = (
+        tiny.model(1, torch.float32, hidden_size=64),
+        tiny.model(2, torch.float32, hidden_size=64),
+    )
     for model, limit in zip((first, second), limits, strict=True):
         save_model(model, tmp_path, max_shard_bytes=limit)
     assert_same_weights(load_model(tmp_path), second)
-    assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+    assert (tmp_path / "model.safetensors").exists() != (
+        tmp_path / "model.safetensors.index.json"
+    ).exists()
     assert len(tensors_in(tmp_path)) == len(list(second.parameters()))
 
 
@@ -303,7 +389,9 @@ def test_a_tied_head_is_tied_after_loading_and_not_written(tmp_path):
     model = load_model(GOLDEN / "llama32")
     assert model.lm_head.weight is model.embed_tokens.weight
     save_model(model, tmp_path)
-    assert "model.embed_tokens.weight" in tensors_in(tmp_path) and "lm_head.weight" not in tensors_in(tmp_path)
+    assert "model.embed_tokens.weight" in tensors_in(
+        tmp_path
+    ) and "lm_head.weight" not in tensors_in(tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.lm_head.weight is loaded.embed_tokens.weight
 
@@ -330,17 +418,33 @@ def test_the_dtype_asked_for_is_the_dtype_written_and_named(name, key, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())[key] == "bfloat16"
     half = load_model(tmp_path, torch.bfloat16)
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(half.get_parameter(name), parameter.bfloat16())
+        assert parameter.dtype == torch.float32 and torch.equal(
+            half.get_parameter(name), parameter.bfloat16()
+        )
     assert all(parameter.dtype == torch.float32 for parameter in load_model(tmp_path).parameters())
 
 
-SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.mark.parametrize(
     "kind, changes",
     [
-        ("llama", {"rope_scaling": SCALING, "tie_word_embeddings": True, "rope_theta": 500.0, "eos_token_id": [1, 2]}),
+        (
+            "llama",
+            {
+                "rope_scaling": SCALING,
+                "tie_word_embeddings": True,
+                "rope_theta": 500.0,
+                "eos_token_id": [1, 2],
+            },
+        ),
         ("mistral", {"sliding_window": 5, "head_dim": 6}),
     ],
 )
@@ -348,7 +452,9 @@ def test_a_model_made_here_gets_a_config_that_reads_back_as_it_was(kind, changes
     model = tiny.model(**changes)
     save_model(model, tmp_path)
     source = json.loads((tmp_path / "config.json").read_text())
-    assert source["model_type"] == kind and source["architectures"] == [kind.capitalize() + "ForCausalLM"]
+    assert source["model_type"] == kind and source["architectures"] == [
+        kind.capitalize() + "ForCausalLM"
+    ]
     back = read_config(tmp_path)
     assert {**vars(back), "source": {}} == vars(model.config)
     assert_same_weights(load_model(tmp_path, torch.float64), model)
@@ -356,7 +462,9 @@ def test_a_model_made_here_gets_a_config_that_reads_back_as_it_was(kind, changes
 
 # ---------------------------------------------------------------------------------------------------------------- a new token
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("token", [7, 11, 14], ids=["a free row", "the next row", "beyond the table"])
+@pytest.mark.parametrize(
+    "token", [7, 11, 14], ids=["a free row", "the next row", "beyond the table"]
+)
 @torch.no_grad()
 def test_a_new_token_starts_as_a_copy_of_another(tied, token, tmp_path):
     model = tiny.model(tie_word_embeddings=tied)
@@ -364,7 +472,10 @@ def test_a_new_token_starts_as_a_copy_of_another(tied, token, tmp_path):
     assert tied == torch.equal(*before.values())
     copy_token_rows(model, token, source=2)
     vocab = max(11, token + 1)
-    assert model.config.vocab_size == vocab and (model.lm_head.weight is model.embed_tokens.weight) == tied
+    assert (
+        model.config.vocab_size == vocab
+        and (model.lm_head.weight is model.embed_tokens.weight) == tied
+    )
     for name, old in before.items():
         table = getattr(model, name).weight
         assert table.shape == (vocab, 16) and table.requires_grad
@@ -407,7 +518,10 @@ def assert_refused(path: Path, *names: str) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope type", "linear"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope type", "yarn"]),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["rope type", "dynamic"]),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            ["rope type", "dynamic"],
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"rope_scaling": "linear"}, ["rope_scaling", "linear"]),
         ({"rope_scaling": {**SCALING, "factor": "8"}}, ["factor", "8"]),
@@ -432,13 +546,20 @@ def test_what_is_not_implemented_is_refused_by_name(changes, names, tmp_path):
     assert_refused(tmp_path, str(tmp_path / "config.json"), *names)
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "name",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
+)
 def test_a_config_without_its_sizes_is_refused(name, tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}/config.json: {name} is 'missing'"):
         config_of(tmp_path, "llama", (name,))
 
 
-@pytest.mark.parametrize("text", ["{", "", "[1, 2]", '"llama"', "\udcff"], ids=["cut off", "empty", "a list", "a string", "not UTF-8"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "", "[1, 2]", '"llama"', "\udcff"],
+    ids=["cut off", "empty", "a list", "a string", "not UTF-8"],
+)
 def test_a_config_that_is_no_json_object_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     assert_refused(tmp_path, str(tmp_path / "config.json"))
@@ -474,13 +595,22 @@ def test_a_tensor_of_the_wrong_shape_is_refused_with_both_shapes(tmp_path):
     assert_refused(tmp_path, str(file), "model.norm.weight", "[31]", "[32]")
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", "transformer.wte.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.2.mlp.up_proj.weight",
+        "transformer.wte.weight",
+    ],
+)
 def test_a_tensor_that_has_no_place_is_refused_by_name(name, tmp_path):
     file = rewritten("llama2", tmp_path, **{name: torch.ones(32)})
     assert_refused(tmp_path, str(file), name)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 500, -1], ids=["empty", "in the length", "in the header", "in the last tensor"])
+@pytest.mark.parametrize(
+    "keep", [0, 7, 500, -1], ids=["empty", "in the length", "in the header", "in the last tensor"]
+)
 def test_a_truncated_file_is_refused_by_name(keep, tmp_path):
     file = rewritten("llama2", tmp_path)
     file.write_bytes(file.read_bytes()[:keep])
@@ -493,7 +623,10 @@ def test_a_missing_shard_is_refused_by_name(tmp_path):
     assert_refused(tmp_path, str(tmp_path / "model-00002-of-00003.safetensors"), "no such file")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}', '{"weight_map": {"lm_head.weight": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}', '{"weight_map": {"lm_head.weight": 3}}'],
+)
 def test_an_index_that_is_none_is_refused_by_name(text, tmp_path):
     shutil.copytree(GOLDEN / "sharded", tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors.index.json").write_text(text)

@@ -24,15 +24,22 @@ TRACES = [[8, 2, 14, MARKER], [6, 6], [MARKER], [], [20, 13, 1, 1, 8, 19, MARKER
 LONG = [(7 * i) % 22 + 1 for i in range(60)]
 MODELS = {  # three layers where the window is short: a token's influence travels further than the window
     "plain": dict(num_attention_heads=4, num_key_value_heads=4),
-    "grouped-query, tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
-    "sliding window": dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=4, num_hidden_layers=3),
+    "grouped-query, tied": dict(
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "sliding window": dict(
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=4, num_hidden_layers=3
+    ),
 }
 
 
 def tiny(kind: str = "grouped-query, tied", dtype: torch.dtype = torch.float64) -> Transformer:
     """A random model whose attention and output distributions are far from uniform."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2) | MODELS[kind]
+    shape = (
+        dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+        | MODELS[kind]
+    )
     model = Transformer(Config(**shape)).to(torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,7 +60,9 @@ def full_logits(model: Transformer, row: list[int]) -> Tensor:
     return model(torch.tensor([row]))[0] @ model.lm_head.weight.T  # [L, V]
 
 
-def repeated(model: Transformer, traces: list, temperature: float = 1.0, prompt=PROMPT, answer=ANSWER) -> Scores:
+def repeated(
+    model: Transformer, traces: list, temperature: float = 1.0, prompt=PROMPT, answer=ANSWER
+) -> Scores:
     """What Scores says, from K + 1 full rows of prompt + trace + marker + answer, token by token."""
     split = [body_and_actions(trace) for trace in traces]
     k, width = len(traces), max(1, *(len(actions) for _, actions in split))
@@ -65,7 +74,9 @@ def repeated(model: Transformer, traces: list, temperature: float = 1.0, prompt=
         context = [*prompt, *body, MARKER]
         logits = full_logits(model, [*context, *answer])
         policy, plain = (logits / temperature).log_softmax(-1), logits.log_softmax(-1)
-        answer_logp.append(torch.stack([plain[len(context) + i - 1, token] for i, token in enumerate(answer)]))
+        answer_logp.append(
+            torch.stack([plain[len(context) + i - 1, token] for i, token in enumerate(answer)])
+        )
         marker_logp.append(policy[len(context) - 2, MARKER])
         for t, token in enumerate(actions):
             p = policy[len(prompt) + t - 1]
@@ -95,7 +106,9 @@ class Functional:
         """rows[j] = the trace in row j of scores; those beyond len(rows) do not count."""
         rows = list(range(len(scores.marker_logp))) if rows is None else rows
         n, width = len(rows), scores.trace_logp.shape[1]
-        total = (self.trace[rows, :width] * scores.trace_logp[:n]).sum() + (self.marker[rows] * scores.marker_logp[:n]).sum()
+        total = (self.trace[rows, :width] * scores.trace_logp[:n]).sum() + (
+            self.marker[rows] * scores.marker_logp[:n]
+        ).sum()
         total = total + (self.answer[rows] * scores.answer_logp[:n]).sum()
         return total if scores.null_logp is None else total + (self.null * scores.null_logp).sum()
 
@@ -117,13 +130,17 @@ def collected(model: Transformer) -> dict[str, Tensor]:
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=EXACT * float(expected.detach().abs().max()))
+    torch.testing.assert_close(
+        got, expected, rtol=0, atol=EXACT * float(expected.detach().abs().max())
+    )
 
 
 def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name in expected:
-        assert expected[name].abs().max() > 1e-3, f"{name} has no gradient: comparing it shows nothing"
+        assert expected[name].abs().max() > 1e-3, (
+            f"{name} has no gradient: comparing it shows nothing"
+        )
         assert_close(got[name], expected[name])
 
 
@@ -137,7 +154,9 @@ def assert_same_scores(got: Scores, expected: Scores, rows: list[int] | None = N
     assert_close(got.trace_logp[rows, :width], expected.trace_logp)
     assert_close(got.marker_logp[rows], expected.marker_logp)
     assert_close(got.answer_logp[rows], expected.answer_logp)
-    assert (got.null_logp is None) == (expected.null_logp is None) and (got.entropy is None) == (expected.entropy is None)
+    assert (got.null_logp is None) == (expected.null_logp is None) and (got.entropy is None) == (
+        expected.entropy is None
+    )
     if expected.null_logp is not None:
         assert_close(got.null_logp, expected.null_logp)
     if expected.entropy is not None:
@@ -179,8 +198,13 @@ def test_null_logp_is_the_row_of_the_empty_trace():
     model = tiny()
     null = score(model, PROMPT, TRACES, ANSWER, MARKER).null_logp
     logits = full_logits(model, [*PROMPT, MARKER, *ANSWER]).log_softmax(-1)
-    assert_close(null, torch.stack([logits[len(PROMPT) + i, token] for i, token in enumerate(ANSWER)]))
-    for empty in ([], [MARKER]):  # forced or sampled, the marker right after the prompt is the null think
+    assert_close(
+        null, torch.stack([logits[len(PROMPT) + i, token] for i, token in enumerate(ANSWER)])
+    )
+    for empty in (
+        [],
+        [MARKER],
+    ):  # forced or sampled, the marker right after the prompt is the null think
         assert_close(score(model, PROMPT, [empty], ANSWER, MARKER, null=False).answer_logp[0], null)
 
 
@@ -195,14 +219,22 @@ def test_the_null_think_alone_can_be_scored():
     """What a cache of frozen null log-probs asks for."""
     model = tiny()
     alone = score(model, PROMPT, [], ANSWER, MARKER, entropy=True)
-    assert alone.marker_logp.shape == (0,) and alone.answer_logp.shape == (0, len(ANSWER)) and alone.trace_logp.shape[0] == 0
+    assert (
+        alone.marker_logp.shape == (0,)
+        and alone.answer_logp.shape == (0, len(ANSWER))
+        and alone.trace_logp.shape[0] == 0
+    )
     assert_close(alone.null_logp, repeated(model, [[]]).null_logp)
 
 
 def test_plain_sft_is_one_empty_unfinished_trace():
     model, f = tiny(), functional()
     scores = score(model, PROMPT, [[]], ANSWER, MARKER, null=False)
-    assert scores.trace_mask.tolist() == [[False]] and scores.trace_logp.tolist() == [[0.0]] and scores.null_logp is None
+    assert (
+        scores.trace_mask.tolist() == [[False]]
+        and scores.trace_logp.tolist() == [[0.0]]
+        and scores.null_logp is None
+    )
     full = repeated(model, [[]])
     full.null_logp = full.entropy = None
     assert_same_scores(scores, full)
@@ -213,7 +245,10 @@ def test_plain_sft_is_one_empty_unfinished_trace():
 def test_a_forced_marker_is_scored_like_a_sampled_one_but_is_no_token_of_the_trace():
     model = tiny()
     scores = score(model, PROMPT, [[8, 2, MARKER], [8, 2]], ANSWER, MARKER, entropy=True)
-    assert scores.trace_mask.tolist() == [[True, True, True], [True, True, False]] and scores.finished.tolist() == [True, False]
+    assert scores.trace_mask.tolist() == [
+        [True, True, True],
+        [True, True, False],
+    ] and scores.finished.tolist() == [True, False]
     assert_close(scores.marker_logp[1], scores.marker_logp[0])
     assert_close(scores.answer_logp[1], scores.answer_logp[0])
     assert_close(scores.trace_logp[1, :2], scores.trace_logp[0, :2])
@@ -226,7 +261,9 @@ def test_a_forced_marker_gets_no_gradient_through_the_trace():
     """The advantage multiplies trace_logp: a forced marker must not be trained by it, a sampled one must."""
     model = tiny("plain")
     for trace, trained in ([], False), ([MARKER], True):
-        grad = gradients(model, score(model, PROMPT, [trace], ANSWER, MARKER).trace_logp.sum())["lm_head.weight"]
+        grad = gradients(model, score(model, PROMPT, [trace], ANSWER, MARKER).trace_logp.sum())[
+            "lm_head.weight"
+        ]
         assert bool(grad.any()) == trained
 
 
@@ -234,7 +271,10 @@ def test_a_cut_token_is_an_action_but_no_context():
     """Ended by eos: the answer is scored as if the trace had been cut there by length, and only the trace's own log-probs count eos."""
     model = tiny()
     scores = score(model, PROMPT, [CUT, CUT.ids], ANSWER, MARKER, entropy=True)
-    assert scores.trace_mask.tolist() == [[True] * 4, [True] * 3 + [False]] and scores.finished.tolist() == [False, False]
+    assert scores.trace_mask.tolist() == [
+        [True] * 4,
+        [True] * 3 + [False],
+    ] and scores.finished.tolist() == [False, False]
     assert_close(scores.trace_logp[0, :3], scores.trace_logp[1, :3])
     assert_close(scores.marker_logp[0], scores.marker_logp[1])
     assert_close(scores.answer_logp[0], scores.answer_logp[1])
@@ -292,7 +332,9 @@ def test_backward_by_micro_batches_with_the_prompt_last_equals_one_backward(kind
     prompt = read_prompt(model, PROMPT)
     leaves = prompt.leaves()
     for batch in micro_batches([len(body_and_actions(trace)[0]) for trace in TRACES], size):
-        f(score(model, leaves, [TRACES[i] for i in batch], ANSWER, MARKER, null=False), batch).backward()
+        f(
+            score(model, leaves, [TRACES[i] for i in batch], ANSWER, MARKER, null=False), batch
+        ).backward()
     (f.null * score(model, leaves, [], ANSWER, MARKER).null_logp).sum().backward()
     prompt.backward(leaves)
     assert_same_gradients(collected(model), expected)
@@ -302,9 +344,17 @@ def test_leaves_hold_the_prompts_values_and_keep_its_graph_out_of_a_branch():
     model = tiny("plain")
     prompt = read_prompt(model, PROMPT)
     leaves = prompt.leaves()
-    assert_same_scores(score(model, leaves, TRACES, ANSWER, MARKER), score(model, PROMPT, TRACES, ANSWER, MARKER))
-    grad = gradients(model, functional()(score(model, leaves, TRACES, ANSWER, MARKER)))["embed_tokens.weight"]
-    fed_to_branches = {MARKER, *ANSWER, *(token for trace in TRACES for token in body_and_actions(trace)[0])}
+    assert_same_scores(
+        score(model, leaves, TRACES, ANSWER, MARKER), score(model, PROMPT, TRACES, ANSWER, MARKER)
+    )
+    grad = gradients(model, functional()(score(model, leaves, TRACES, ANSWER, MARKER)))[
+        "embed_tokens.weight"
+    ]
+    fed_to_branches = {
+        MARKER,
+        *ANSWER,
+        *(token for trace in TRACES for token in body_and_actions(trace)[0]),
+    }
     only_in_prompt = sorted(set(PROMPT) - fed_to_branches)
     assert only_in_prompt and not grad[only_in_prompt].any()
     assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves.tensors())
@@ -324,15 +374,23 @@ def test_micro_batches_take_every_branch_once_and_the_longest_first(size):
     lengths = [3, 9, 0, 9, 4]
     batches = micro_batches(lengths, size)
     order = [i for batch in batches for i in batch]
-    assert sorted(order) == list(range(5)) and [lengths[i] for i in order] == sorted(lengths, reverse=True)
-    assert all(len(batch) == (size or 5) for batch in batches[:-1]) and 1 <= len(batches[-1]) <= (size or 5)
+    assert sorted(order) == list(range(5)) and [lengths[i] for i in order] == sorted(
+        lengths, reverse=True
+    )
+    assert all(len(batch) == (size or 5) for batch in batches[:-1]) and 1 <= len(batches[-1]) <= (
+        size or 5
+    )
 
 
 @pytest.mark.parametrize("size", [0, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_forward_is_more_padding_than_allowed_and_none_could_be_joined_to_the_one_before(size, seed):
+def test_no_forward_is_more_padding_than_allowed_and_none_could_be_joined_to_the_one_before(
+    size, seed
+):
     generator = torch.Generator().manual_seed(seed)
-    lengths = (2 ** (4 + 7 * torch.rand(33, generator=generator))).long().tolist()  # 16 to 2048 tokens
+    lengths = (
+        (2 ** (4 + 7 * torch.rand(33, generator=generator))).long().tolist()
+    )  # 16 to 2048 tokens
     batches = micro_batches(lengths, size)
 
     def padding(batch: list[int]) -> tuple[int, int]:
@@ -372,7 +430,9 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
     monkeypatch.setattr(reward, "linear_logprob", counted)
     score(tiny(), PROMPT, [*TRACES, LONG], ANSWER, MARKER, null=False)
     # every action, the marker once more (in whatever way the trace ended), and the answer
-    distinct = {repr(body_and_actions(trace)): trace for trace in [*TRACES, LONG]}.values()  # equal traces are scored once
+    distinct = {
+        repr(body_and_actions(trace)): trace for trace in [*TRACES, LONG]
+    }.values()  # equal traces are scored once
     assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in distinct)
 
 
@@ -380,7 +440,9 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
 def test_temperature_is_the_sampling_distributions_and_leaves_the_answer_alone():
     model = tiny()
     cold, warm = (score(model, PROMPT, TRACES, ANSWER, MARKER, temperature=t) for t in (0.7, 1.0))
-    assert torch.equal(cold.answer_logp, warm.answer_logp) and torch.equal(cold.null_logp, warm.null_logp)
+    assert torch.equal(cold.answer_logp, warm.answer_logp) and torch.equal(
+        cold.null_logp, warm.null_logp
+    )
     logits = full_logits(model, [*PROMPT, 6, 6])  # of the cut trace [6, 6] with its forced marker
     policy = (logits / 0.7).log_softmax(-1)[len(PROMPT) - 1 :]
     assert_close(cold.trace_logp[1, :2], policy[[0, 1], [6, 6]])
@@ -411,8 +473,19 @@ def test_the_forward_that_scores_is_the_forward_that_trains(size):
     trains = score(model, PROMPT, TRACES, ANSWER, MARKER, entropy=True, micro_traces=size)
     with torch.no_grad():
         scores = score(model, PROMPT, TRACES, ANSWER, MARKER, entropy=True, micro_traces=size)
-    for name in ("trace_logp", "trace_mask", "finished", "marker_logp", "answer_logp", "null_logp", "entropy"):
-        assert torch.equal(getattr(scores, name), getattr(trains, name)) and not getattr(scores, name).requires_grad
+    for name in (
+        "trace_logp",
+        "trace_mask",
+        "finished",
+        "marker_logp",
+        "answer_logp",
+        "null_logp",
+        "entropy",
+    ):
+        assert (
+            torch.equal(getattr(scores, name), getattr(trains, name))
+            and not getattr(scores, name).requires_grad
+        )
     for name in ("trace_logp", "marker_logp", "answer_logp", "null_logp"):
         assert getattr(trains, name).requires_grad
 
@@ -430,20 +503,35 @@ def test_log_probs_are_fp32_from_the_hidden_state_on(dtype, monkeypatch):
 
     model = tiny(dtype=dtype)
     monkeypatch.setattr(reward, "linear_logprob", recorded)
-    scores = score(model, PROMPT, TRACES[:1], ANSWER, MARKER, null=False, entropy=True)  # one finished trace: rows in order, no padding
+    scores = score(
+        model, PROMPT, TRACES[:1], ANSWER, MARKER, null=False, entropy=True
+    )  # one finished trace: rows in order, no padding
     (policy, entropy), (answer, _) = heads
-    fields = [(scores.trace_logp[0], policy[:-1]), (scores.entropy[0], entropy[:-1])]  # the marker's row comes once more, last
+    fields = [
+        (scores.trace_logp[0], policy[:-1]),
+        (scores.entropy[0], entropy[:-1]),
+    ]  # the marker's row comes once more, last
     fields += [(scores.marker_logp, policy[-1:]), (scores.answer_logp[0], answer)]
     for got, expected in fields:
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got.detach().double(), expected, rtol=0, atol=2e-6)  # two roundings of a logit of 6
+        torch.testing.assert_close(
+            got.detach().double(), expected, rtol=0, atol=2e-6
+        )  # two roundings of a logit of 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_group_scored_by_an_fp32_or_bf16_model_has_fp32_log_probs(dtype):
     scores = score(tiny(dtype=dtype), PROMPT, TRACES, ANSWER, MARKER, entropy=True)
-    fields = scores.trace_logp, scores.marker_logp, scores.answer_logp, scores.null_logp, scores.entropy
-    assert [field.dtype for field in fields] == [torch.float32] * 5 and all(field.isfinite().all() for field in fields)
+    fields = (
+        scores.trace_logp,
+        scores.marker_logp,
+        scores.answer_logp,
+        scores.null_logp,
+        scores.entropy,
+    )
+    assert [field.dtype for field in fields] == [torch.float32] * 5 and all(
+        field.isfinite().all() for field in fields
+    )
     # rounded to bf16 on the way, every one of them would be a bf16 number
     assert all(not torch.equal(field, field.bfloat16().float()) for field in fields)
 
@@ -454,7 +542,9 @@ def test_equal_traces_get_equal_scores_to_the_bit_and_their_gradients_add_up():
     traces = [TRACES[0], LONG, TRACES[0], TRACES[1], TRACES[0]]
     with torch.no_grad():
         scores = score(model, PROMPT, traces, ANSWER, MARKER, micro_traces=2)
-    assert torch.equal(scores.answer_logp[0], scores.answer_logp[2]) and torch.equal(scores.answer_logp[0], scores.answer_logp[4])
+    assert torch.equal(scores.answer_logp[0], scores.answer_logp[2]) and torch.equal(
+        scores.answer_logp[0], scores.answer_logp[4]
+    )
     model = tiny()
     score(model, PROMPT, traces, ANSWER, MARKER).answer_logp.sum().backward()
     together = model.lm_head.weight.grad.clone()

@@ -20,26 +20,55 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as train_module
 from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
 from data import Example, Tokenizer
-from distributed import compute_copy, reduce_gradients
-from errors import InputError, TrainingError
-from log import Clock
-from model import KEEP, Config, Transformer, load_model
+from model import KEEP, Config, Transformer
 from reward import score
 from sample import Trace, sample_traces
-from train import LENGTH_SCALE, Args, judge, parse_args, sampler_logp, token_weights, train, train_group, truncated_ratio
+from support.distributed import compute_copy, reduce_gradients
+from support.errors import InputError, TrainingError
+from support.metrics import Clock
+from support.weights import load_model
+from train import (
+    LENGTH_SCALE,
+    Args,
+    judge,
+    parse_args,
+    sampler_logp,
+    token_weights,
+    train,
+    train_group,
+    truncated_ratio,
+)
 
 ROOT = Path(__file__).parents[1]
 WORDS, MARKER, EOS = (0, 1, 2), 3, 4
 PROMPT, ANSWER = [0, EOS, 2], [1, 0, EOS]
-BRIEF = dict(steps=3, questions=4, traces=4, max_trace=12, eval_questions=4, eval_every=2, save_every=1, device="cpu")
+BRIEF = dict(
+    steps=3,
+    questions=4,
+    traces=4,
+    max_trace=12,
+    eval_questions=4,
+    eval_every=2,
+    save_every=1,
+    device="cpu",
+)
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
     torch.manual_seed(seed)
-    config = Config(vocab_size=5, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = Config(
+        vocab_size=5,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = Transformer(config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)  # far from uniform, so that every term of the gradient shows
+        torch.nn.init.normal_(
+            parameter, std=0.5
+        )  # far from uniform, so that every term of the gradient shows
     return model.to(dtype)
 
 
@@ -54,9 +83,13 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def terms_of(scores, traces: list[Trace], advantage: torch.Tensor, weight: torch.Tensor, args: Args) -> torch.Tensor:
+def terms_of(
+    scores, traces: list[Trace], advantage: torch.Tensor, weight: torch.Tensor, args: Args
+) -> torch.Tensor:
     log_ratio = scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)
-    return train_module.loss_terms(scores, token_weights(scores, log_ratio, advantage, weight, args))
+    return train_module.loss_terms(
+        scores, token_weights(scores, log_ratio, advantage, weight, args)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- the estimator
@@ -67,7 +100,10 @@ def every_trace(limit: int = 3) -> list[Trace]:
         for words in itertools.product(WORDS, repeat=length):
             traces.append(Trace([*words, MARKER], [0.0] * (length + 1), finished=True))
             traces.append(Trace(list(words), [0.0] * length, finished=False, cut_id=EOS))
-    traces += [Trace(list(words), [0.0] * limit, finished=False) for words in itertools.product(WORDS, repeat=limit)]
+    traces += [
+        Trace(list(words), [0.0] * limit, finished=False)
+        for words in itertools.product(WORDS, repeat=limit)
+    ]
     return traces
 
 
@@ -87,13 +123,25 @@ def exact_objective(model: Transformer, name: str) -> torch.Tensor:
         actions = [*trace.ids, EOS] if trace.cut_id is not None else trace.ids
         context = PROMPT + (trace.ids if trace.finished else [*trace.ids, MARKER])
         probability = plain_logp(model, PROMPT, actions).sum().exp()
-        total = total + probability * AGGREGATORS[name](plain_logp(model, context, ANSWER)[None], null_logp)[0]
+        total = (
+            total
+            + probability
+            * AGGREGATORS[name](plain_logp(model, context, ANSWER)[None], null_logp)[0]
+        )
     return total
 
 
 def estimator_args(name: str, **changes) -> Args:
     """One question, K = 1; marker_weight 0, as the cross-entropy on a forced marker is no part of J."""
-    args = Args(aggregator=name, questions=1, traces=1, center="none", scale="none", answer_weight="exact", marker_weight=0.0)
+    args = Args(
+        aggregator=name,
+        questions=1,
+        traces=1,
+        center="none",
+        scale="none",
+        answer_weight="exact",
+        marker_weight=0.0,
+    )
     return replace(args, **changes)
 
 
@@ -102,7 +150,10 @@ SINGLE = [name for name in AGGREGATORS if name not in GROUP_AGGREGATORS]
 
 def test_the_traces_of_the_enumeration_have_total_probability_one():
     model = tiny_model()
-    total = sum(plain_logp(model, PROMPT, [*t.ids, EOS] if t.cut_id is not None else t.ids).sum().exp() for t in every_trace())
+    total = sum(
+        plain_logp(model, PROMPT, [*t.ids, EOS] if t.cut_id is not None else t.ids).sum().exp()
+        for t in every_trace()
+    )
     assert abs(total.item() - 1) < 1e-12
 
 
@@ -116,7 +167,9 @@ def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
     probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
     reward, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
     # the loss is linear in advantage and weight: scaling each trace's by its probability sums what K = 1 would do, trace by trace
-    terms_of(scores, traces, advantage * probability, weight * probability[:, None], args).sum().backward()
+    terms_of(
+        scores, traces, advantage * probability, weight * probability[:, None], args
+    ).sum().backward()
     assert torch.equal(reward, advantage)  # center none, scale none
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
@@ -129,7 +182,11 @@ def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
 
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     probability = scores.trace_logp.detach().sum(dim=1).exp()
-    reward, _, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), replace(args, center="none", traces=1))
+    reward, _, weight = judge(
+        scores.answer_logp.detach(),
+        scores.null_logp.detach(),
+        replace(args, center="none", traces=1),
+    )
     advantage, answer_weight = torch.zeros_like(reward), torch.zeros_like(weight)
     for i, j in itertools.product(range(len(traces)), repeat=2):
         both = probability[i] * probability[j]
@@ -155,28 +212,50 @@ def group_gradient(model: Transformer, traces: list[Trace], args: Args) -> torch
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 8])
-@pytest.mark.parametrize("changes", [{}, {"answer_weight": "exact"}, {"updates": 2, "questions": 2}, {"null_loss": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"answer_weight": "exact"}, {"updates": 2, "questions": 2}, {"null_loss": 0.5}]
+)
 def test_the_gradient_does_not_depend_on_micro_traces(micro, changes):
     model = tiny_model()
-    traces = sampled_group(tiny_model(7))  # another policy's traces: ratios differ from 1 and some are clipped
+    traces = sampled_group(
+        tiny_model(7)
+    )  # another policy's traces: ratios differ from 1 and some are clipped
     args = Args(questions=1, traces=8, aggregator="geometric_mean")
     args = replace(args, **changes)
-    assert relative(group_gradient(model, traces, replace(args, micro_traces=micro)), group_gradient(model, traces, args)) < 1e-6
+    assert (
+        relative(
+            group_gradient(model, traces, replace(args, micro_traces=micro)),
+            group_gradient(model, traces, args),
+        )
+        < 1e-6
+    )
 
 
 def test_the_gradient_does_not_depend_on_the_order_of_the_traces():
     model = tiny_model()
     traces = sampled_group(model)
     args = Args(questions=1, traces=8)
-    assert relative(group_gradient(model, traces[::-1], args), group_gradient(model, traces, args)) < 1e-6
+    assert (
+        relative(group_gradient(model, traces[::-1], args), group_gradient(model, traces, args))
+        < 1e-6
+    )
 
 
 def test_the_gradient_does_not_depend_on_padding():
     """A trace far longer than the others, with advantage and weight 0, makes every row longer and changes nothing else."""
     model, args = tiny_model(), Args(questions=1, traces=2)
     traces, long = sampled_group(model, 2), Trace([0] * 40, [0.0] * 40, finished=False)
-    advantage, weight = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
-    terms_of(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, replace(args, marker_weight=0.0)).sum().backward()
+    advantage, weight = (
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+        torch.ones(2, 3, dtype=torch.float64),
+    )
+    terms_of(
+        score(model, PROMPT, traces, ANSWER, MARKER),
+        traces,
+        advantage,
+        weight,
+        replace(args, marker_weight=0.0),
+    ).sum().backward()
     short = gradient(model)
     zero = torch.zeros(1, dtype=torch.float64)
     scores = score(model, PROMPT, [*traces, long], ANSWER, MARKER)
@@ -203,24 +282,47 @@ def test_the_gradient_does_not_depend_on_the_number_of_questions_per_backward():
 def test_the_loss_is_the_formula_of_the_docstring():
     """Token sums over K and one constant: neither the padded length nor the number of tokens divides anything."""
     model, args = tiny_model(), Args(questions=3, traces=2, marker_weight=0.3)
-    traces = [Trace([0, 1, MARKER], [0.0] * 3, finished=True), Trace([2, 2, 2, 1, 0], [0.0] * 5, finished=False)]
-    advantage, weight = torch.tensor([0.7, -1.1], dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    traces = [
+        Trace([0, 1, MARKER], [0.0] * 3, finished=True),
+        Trace([2, 2, 2, 1, 0], [0.0] * 5, finished=False),
+    ]
+    advantage, weight = (
+        torch.tensor([0.7, -1.1], dtype=torch.float64),
+        torch.rand(2, 3, dtype=torch.float64),
+    )
     with torch.no_grad():
-        terms = terms_of(score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, args)
-        trace_term = 0.7 * plain_logp(model, PROMPT, [0, 1, MARKER]).sum() - 1.1 * plain_logp(model, PROMPT, [2, 2, 2, 1, 0]).sum()
+        terms = terms_of(
+            score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, args
+        )
+        trace_term = (
+            0.7 * plain_logp(model, PROMPT, [0, 1, MARKER]).sum()
+            - 1.1 * plain_logp(model, PROMPT, [2, 2, 2, 1, 0]).sum()
+        )
         contexts = [[*PROMPT, 0, 1, MARKER], [*PROMPT, 2, 2, 2, 1, 0, MARKER]]
-        answer_term = sum((w * plain_logp(model, c, ANSWER)).sum() for w, c in zip(weight, contexts, strict=True))
+        answer_term = sum(
+            (w * plain_logp(model, c, ANSWER)).sum() for w, c in zip(weight, contexts, strict=True)
+        )
         marker_term = 0.3 * plain_logp(model, [*PROMPT, 2, 2, 2, 1, 0], [MARKER]).sum()
-    expected = -torch.stack([trace_term, answer_term, marker_term, torch.zeros_like(trace_term)]) / (3 * 2 * LENGTH_SCALE)
+    expected = -torch.stack(
+        [trace_term, answer_term, marker_term, torch.zeros_like(trace_term)]
+    ) / (3 * 2 * LENGTH_SCALE)
     assert torch.allclose(terms, expected, rtol=1e-10, atol=0)
 
 
 def test_a_sampled_marker_gets_the_advantage_and_a_forced_one_never_does():
     model, args = tiny_model(), Args(questions=1, traces=1, marker_weight=0.0)
     advantage, weight = torch.ones(1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
-    for trace, expected in ((Trace([MARKER], [0.0], True), [MARKER]), (Trace([1], [0.0], False), [1]), (Trace([], [], False, EOS), [EOS])):
-        terms = terms_of(score(model, PROMPT, [trace], ANSWER, MARKER), [trace], advantage, weight, args)
-        assert torch.allclose(-terms.sum() * LENGTH_SCALE, plain_logp(model, PROMPT, expected).sum(), rtol=1e-10)
+    for trace, expected in (
+        (Trace([MARKER], [0.0], True), [MARKER]),
+        (Trace([1], [0.0], False), [1]),
+        (Trace([], [], False, EOS), [EOS]),
+    ):
+        terms = terms_of(
+            score(model, PROMPT, [trace], ANSWER, MARKER), [trace], advantage, weight, args
+        )
+        assert torch.allclose(
+            -terms.sum() * LENGTH_SCALE, plain_logp(model, PROMPT, expected).sum(), rtol=1e-10
+        )
 
 
 def test_the_ratio_is_truncated_and_a_token_that_has_left_the_range_gets_no_gradient():
@@ -228,7 +330,11 @@ def test_the_ratio_is_truncated_and_a_token_that_has_left_the_range_gets_no_grad
     ids = [0, 1, 2, 1, 0, 2]
     own = plain_logp(model, PROMPT, ids).tolist()
     ratios = [1.0, 1.2, 0.9, 1.5, 0.5, 1.27]
-    trace = Trace(ids, [logp - math.log(ratio) for logp, ratio in zip(own, ratios, strict=True)], finished=False)
+    trace = Trace(
+        ids,
+        [logp - math.log(ratio) for logp, ratio in zip(own, ratios, strict=True)],
+        finished=False,
+    )
     scores = score(model, PROMPT, [trace, trace], ANSWER, MARKER)
     log_ratio = scores.trace_logp.detach() - sampler_logp([trace, trace], scores.trace_logp)
     rho = truncated_ratio(log_ratio, torch.tensor([1.0, -1.0], dtype=torch.float64))
@@ -249,18 +355,26 @@ def test_nothing_handed_to_a_group_is_changed_by_it():
 def test_the_logged_loss_is_that_of_all_traces(micro):
     """Not the last micro-batch's, not a mean of means."""
     model = tiny_model()
-    traces, args = sampled_group(model), Args(questions=1, traces=8, micro_traces=micro, null_loss=0.2)
+    traces, args = (
+        sampled_group(model),
+        Args(questions=1, traces=8, micro_traces=micro, null_loss=0.2),
+    )
     figures = train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
-    assert figures["losses"] == pytest.approx(terms_of(scores, traces, advantage, weight, args).tolist(), rel=1e-5)
+    assert figures["losses"] == pytest.approx(
+        terms_of(scores, traces, advantage, weight, args).tolist(), rel=1e-5
+    )
 
 
 def test_sft_is_the_cross_entropy_of_answer_and_marker_without_a_trace():
     model, args = tiny_model(), Args(questions=1, traces=0)
     train_group(model, EXAMPLE, [Trace([], [], finished=False)], None, MARKER, args, Clock())
     got = gradient(model)
-    loss = plain_logp(model, [*PROMPT, MARKER], ANSWER).sum() + 0.3 * plain_logp(model, PROMPT, [MARKER]).sum()
+    loss = (
+        plain_logp(model, [*PROMPT, MARKER], ANSWER).sum()
+        + 0.3 * plain_logp(model, PROMPT, [MARKER]).sum()
+    )
     (-loss / LENGTH_SCALE).backward()
     assert relative(got, gradient(model)) < 1e-10
 
@@ -268,9 +382,17 @@ def test_sft_is_the_cross_entropy_of_answer_and_marker_without_a_trace():
 def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answer_weight():
     logp = torch.tensor([[-1.0, -1.0], [-3.0, -3.0]])
     null_logp = torch.tensor([-2.0, -2.0])
-    args = Args(aggregator="geometric_mean", clip_null=True, center="none", scale="none", answer_weight="exact")
+    args = Args(
+        aggregator="geometric_mean",
+        clip_null=True,
+        center="none",
+        scale="none",
+        answer_weight="exact",
+    )
     reward, advantage, weight = judge(logp, null_logp, args)
-    assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0])) and torch.equal(reward, advantage)
+    assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0])) and torch.equal(
+        reward, advantage
+    )
     assert torch.allclose(weight, torch.tensor([[math.exp(-1) / 2] * 2, [0.0] * 2]))
 
 
@@ -292,7 +414,9 @@ def read_log(out: Path) -> list[dict]:
 
 
 def without_clock(lines: list[dict]) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in WALL_CLOCK} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in WALL_CLOCK} for line in lines
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -315,21 +439,39 @@ def test_a_run_logs_every_stable_name_and_evaluates_before_during_and_after(plai
     lines = read_log(plain_run)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(set(KEYS) <= set(line) for line in lines[1:])
-    evaluated = [line["step"] for line in lines if {"eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len"} <= set(line)]
+    evaluated = [
+        line["step"]
+        for line in lines
+        if {"eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len"} <= set(line)
+    ]
     assert evaluated == [0, 2, 3]
-    assert all(line["sampler_gap"] < 1e-4 for line in lines[1:])  # what was scored is, token for token, what was sampled
-    assert all(line["gain"] == pytest.approx(line["gold_logp_think"] - line["gold_logp_null"]) for line in lines[1:])
+    assert all(
+        line["sampler_gap"] < 1e-4 for line in lines[1:]
+    )  # what was scored is, token for token, what was sampled
+    assert all(
+        line["gain"] == pytest.approx(line["gold_logp_think"] - line["gold_logp_null"])
+        for line in lines[1:]
+    )
     parts = ("trace_loss", "answer_loss", "marker_loss", "null_loss")
-    assert all(line["loss"] == pytest.approx(sum(line[name] for name in parts)) for line in lines[1:])
+    assert all(
+        line["loss"] == pytest.approx(sum(line[name] for name in parts)) for line in lines[1:]
+    )
 
 
 def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_run):
-    assert json.loads((plain_run / "args.json").read_text()) == asdict(Args(**(BRIEF | {"out": str(plain_run)})))
+    assert json.loads((plain_run / "args.json").read_text()) == asdict(
+        Args(**(BRIEF | {"out": str(plain_run)}))
+    )
     samples = [json.loads(line) for line in (plain_run / "samples.jsonl").read_text().splitlines()]
     assert [len(sample["traces"]) for sample in samples] == [4, 4, 4]
-    assert sorted(path.name for path in plain_run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000003"]  # --keep 2
+    assert sorted(path.name for path in plain_run.glob("checkpoint-*")) == [
+        "checkpoint-000002",
+        "checkpoint-000003",
+    ]  # --keep 2
     assert_same_weights(plain_run / "final", plain_run / "checkpoint-000003")
-    assert Tokenizer(plain_run / "final").marker == "=>"  # final/ knows its marker and prompt format
+    assert (
+        Tokenizer(plain_run / "final").marker == "=>"
+    )  # final/ knows its marker and prompt format
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(plain_run, tmp_path):
@@ -355,7 +497,12 @@ def test_every_mode_trains(changes, tmp_path):
     lines = run(tmp_path / "run", **changes, steps=2)
     assert all(set(KEYS) <= set(line) for line in lines[1:])
     assert all(value is not None for line in lines for value in line.values())
-    assert any(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "run/final").values(), weights(Args.model).values(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(
+            weights(tmp_path / "run/final").values(), weights(Args.model).values(), strict=True
+        )
+    )
 
 
 def test_every_aggregator_trains(tmp_path):
@@ -369,20 +516,35 @@ def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt()
     frozen = train_module.FrozenNull(initial, "float64", MARKER)
     expected = plain_logp(tiny_model(0), [*PROMPT, MARKER], ANSWER)
     assert torch.allclose(frozen(EXAMPLE), expected, rtol=1e-10)
-    args = Args(questions=1, traces=8, null="frozen", aggregator="info_gain", center="none", scale="none")
-    figures = train_group(trained, EXAMPLE, sampled_group(trained), frozen(EXAMPLE), MARKER, args, Clock())
-    assert figures["reward"] == pytest.approx([(think - expected.sum().item()) / 3 for think in figures["think"]])
+    args = Args(
+        questions=1, traces=8, null="frozen", aggregator="info_gain", center="none", scale="none"
+    )
+    figures = train_group(
+        trained, EXAMPLE, sampled_group(trained), frozen(EXAMPLE), MARKER, args, Clock()
+    )
+    assert figures["reward"] == pytest.approx(
+        [(think - expected.sum().item()) / 3 for think in figures["think"]]
+    )
 
 
 @pytest.mark.parametrize("marker", ["<|new|>", "<|reserved_special_token_0|>", "<|eot_id|>"])
-def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_knows_is_left_alone(marker, tmp_path):
+def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_knows_is_left_alone(
+    marker, tmp_path
+):
     shutil.copytree(ROOT / "tests/golden/export", tmp_path / "model")
     (tmp_path / "model/nrt.json").unlink()
     before = load_model(tmp_path / "model")
     tokenizer = Tokenizer(tmp_path / "model", marker)
     after = train_module.initial_model(Args(model=str(tmp_path / "model"), device="cpu"), tokenizer)
-    assert after.config.vocab_size == len(after.lm_head.weight) == max(tokenizer.marker_id + 1, before.config.vocab_size)
-    for ours, theirs in ((after.embed_tokens, before.embed_tokens), (after.lm_head, before.lm_head)):
+    assert (
+        after.config.vocab_size
+        == len(after.lm_head.weight)
+        == max(tokenizer.marker_id + 1, before.config.vocab_size)
+    )
+    for ours, theirs in (
+        (after.embed_tokens, before.embed_tokens),
+        (after.lm_head, before.lm_head),
+    ):
         source = tokenizer.marker_id if marker == "<|eot_id|>" else tokenizer.eos_ids[0]
         assert torch.equal(ours.weight[tokenizer.marker_id], theirs.weight[source])
         kept = [i for i in range(before.config.vocab_size) if i != tokenizer.marker_id]
@@ -398,23 +560,36 @@ class CountProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
-        if function in (torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default):
+        if function in (
+            torch.ops.aten.mm.default,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        ):
             self.count += 1
-            self.bytes += sum(t.nbytes for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor))
+            self.bytes += sum(
+                t.nbytes
+                for t in (result if isinstance(result, tuple) else (result,))
+                if isinstance(t, torch.Tensor)
+            )
         return result
 
 
 def test_activation_checkpointing_changes_memory_and_no_gradient():
     model, args = tiny_model(), Args(questions=1, traces=8, null_loss=0.5)
     traces, products, held = sampled_group(model), {}, {}
-    plain = {micro: group_gradient(model, traces, replace(args, micro_traces=micro)) for micro in (0, 3)}
+    plain = {
+        micro: group_gradient(model, traces, replace(args, micro_traces=micro)) for micro in (0, 3)
+    }
     for mode in KEEP:
         model.activation_checkpointing = mode
         for micro in plain:
-            assert torch.equal(group_gradient(model, traces, replace(args, micro_traces=micro)), plain[micro]), (mode, micro)
+            assert torch.equal(
+                group_gradient(model, traces, replace(args, micro_traces=micro)), plain[micro]
+            ), (mode, micro)
 
         saved: dict[int, int] = {}  # bytes by address: all of it is alive at once
-        keep = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.update({t.data_ptr(): t.nbytes}) or t, lambda t: t)
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        )
         with CountProducts() as forward, keep:
             answer_logp = score(model, PROMPT, traces, ANSWER, MARKER).answer_logp
         held[mode] = sum(saved.values()) + (forward.bytes if mode == "selective" else 0)
@@ -423,7 +598,9 @@ def test_activation_checkpointing_changes_memory_and_no_gradient():
         products[mode] = backward.count
         model.zero_grad()
     assert held["full"] < held["selective"] < held["none"]
-    assert products["none"] == products["selective"] < products["full"]  # only "full" computes a product twice
+    assert (
+        products["none"] == products["selective"] < products["full"]
+    )  # only "full" computes a product twice
 
 
 def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
@@ -433,19 +610,29 @@ def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
         (twin.norm.weight.sum()).backward()
     reduce_gradients(model, twin)
     assert torch.equal(model.norm.weight.grad, torch.full((16,), 300.0))
-    assert all(p.grad is None for p in twin.parameters()) and all(p.dtype == torch.float32 for p in model.parameters())
+    assert all(p.grad is None for p in twin.parameters()) and all(
+        p.dtype == torch.float32 for p in model.parameters()
+    )
 
 
 def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        train_module, "sample_traces", lambda *given, **named: seen.append(inspect.signature(sample_traces).bind(*given, **named))
+        train_module,
+        "sample_traces",
+        lambda *given, **named: seen.append(inspect.signature(sample_traces).bind(*given, **named)),
     )
     args = Args(traces=3, max_trace=7, temperature=0.9, slots=5, cuda_graphs=True)
     tokenizer = Tokenizer(args.model)
     train_module.sample_groups(tiny_model(), tokenizer, [EXAMPLE], 1, args)
     reached = seen[0].arguments
-    assert {"k": 3, "max_new_tokens": 7, "temperature": 0.9, "slots": 5, "cuda_graphs": True}.items() <= reached.items()
+    assert {
+        "k": 3,
+        "max_new_tokens": 7,
+        "temperature": 0.9,
+        "slots": 5,
+        "cuda_graphs": True,
+    }.items() <= reached.items()
     assert (reached["stop_ids"], reached["cut_ids"]) == ([tokenizer.marker_id], tokenizer.cut_ids)
 
 
@@ -458,10 +645,19 @@ def test_every_flag_is_used():
 
 # ---------------------------------------------------------------------------------------------------------------- interruption
 def start(out: Path, *flags: str) -> subprocess.Popen:
-    brief = [text for name, value in BRIEF.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    brief = [
+        text
+        for name, value in BRIEF.items()
+        for text in ("--" + name.replace("_", "-"), str(value))
+    ]
     command = [sys.executable, "train.py", *brief, "--out", str(out), *flags]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -477,7 +673,9 @@ def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupte
         wanted = rng.randrange(2, 6)  # lines on its console; the first step is the fourth
         for _ in range(wanted):
             process.stdout.readline()
-        for _ in range(rng.randrange(200_000)):  # somewhere within what comes after that line: a step, its log line, a checkpoint
+        for _ in range(
+            rng.randrange(200_000)
+        ):  # somewhere within what comes after that line: a step, its log line, a checkpoint
             pass
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -488,21 +686,33 @@ def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupte
     resumed = start(tmp_path / "killed", *flags, "--resume")
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
-    assert without_clock(read_log(tmp_path / "killed")) == without_clock(read_log(tmp_path / "whole"))
-    assert (tmp_path / "killed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+    assert without_clock(read_log(tmp_path / "killed")) == without_clock(
+        read_log(tmp_path / "whole")
+    )
+    assert (tmp_path / "killed/samples.jsonl").read_text() == (
+        tmp_path / "whole/samples.jsonl"
+    ).read_text()
     assert_same_weights(tmp_path / "killed/final", tmp_path / "whole/final")
 
 
 def test_a_run_that_any_machine_has_restarted_is_resumed_by_all(plain_run, tmp_path, monkeypatch):
     """Machines count restarts for themselves: this process says it has just begun, another says otherwise."""
     shutil.copytree(plain_run, tmp_path / "run")
-    monkeypatch.setattr(train_module, "from_all", lambda value: [value, True] if isinstance(value, bool) else [value])
-    resumed = run(tmp_path / "run")  # without --resume: else it would be refused, as the folder holds a run
+    monkeypatch.setattr(
+        train_module,
+        "from_all",
+        lambda value: [value, True] if isinstance(value, bool) else [value],
+    )
+    resumed = run(
+        tmp_path / "run"
+    )  # without --resume: else it would be refused, as the folder holds a run
     assert json.loads((tmp_path / "run/args.json").read_text())["resume"] is True
     assert without_clock(resumed) == without_clock(read_log(plain_run))
 
 
-def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_included(plain_run, tmp_path):
+def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_included(
+    plain_run, tmp_path
+):
     out = tmp_path / "run"
     shutil.copytree(plain_run, out)
     shutil.rmtree(out / "checkpoint-000003")
@@ -515,11 +725,15 @@ def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_inclu
 
 
 # ---------------------------------------------------------------------------------------------------------------- NaN
-def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_the_run(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_the_run(
+    tmp_path, monkeypatch
+):
     real, calls = train_module.loss_terms, itertools.count()
 
     def poisoned(*args):
-        poison = math.nan if next(calls) // 4 in (1, 3, 4, 5) else 1.0  # 4 questions a step: step 2, and steps 4, 5, 6
+        poison = (
+            math.nan if next(calls) // 4 in (1, 3, 4, 5) else 1.0
+        )  # 4 questions a step: step 2, and steps 4, 5, 6
         return real(*args) * poison
 
     monkeypatch.setattr(train_module, "loss_terms", poisoned)
@@ -604,21 +818,32 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
 
 def test_a_checkpoint_that_lacks_its_optimizer_is_refused_by_name(plain_run, tmp_path, capsys):
     shutil.copytree(plain_run, tmp_path / "run")
-    (tmp_path / "run/checkpoint-000003/optimizer/shard-00001-model-00001-of-00001.safetensors").write_bytes(b"short")
+    (
+        tmp_path / "run/checkpoint-000003/optimizer/shard-00001-model-00001-of-00001.safetensors"
+    ).write_bytes(b"short")
     assert "checkpoint-000003" in refusal(capsys, "--out", str(tmp_path / "run"), "--resume")
 
 
-def test_a_checkpoint_whose_optimizer_belongs_to_another_model_is_refused_by_name(plain_run, tmp_path, capsys):
+def test_a_checkpoint_whose_optimizer_belongs_to_another_model_is_refused_by_name(
+    plain_run, tmp_path, capsys
+):
     shutil.copytree(plain_run, tmp_path / "run")
-    shard = tmp_path / "run/checkpoint-000003/optimizer/shard-00001-model-00001-of-00001.safetensors"
-    shutil.copy(Path(Args.model) / "model.safetensors", shard)  # a good file with other tensors in it
+    shard = (
+        tmp_path / "run/checkpoint-000003/optimizer/shard-00001-model-00001-of-00001.safetensors"
+    )
+    shutil.copy(
+        Path(Args.model) / "model.safetensors", shard
+    )  # a good file with other tensors in it
     error = refusal(capsys, "--out", str(tmp_path / "run"), "--resume")
     assert "checkpoint-000003" in error and "embed_tokens.weight.exp_avg" in error
 
 
 def test_the_command_itself_exits_with_code_2_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "train.py", "--traces", "1", "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "train.py", "--traces", "1", "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "--traces 1" in done.stderr
@@ -634,10 +859,20 @@ def test_the_launch_scripts_say_only_what_train_py_understands(script, tmp_path,
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / name).chmod(0o755)
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "m", "DATA": "d", "OUT": "o", "HEAD": "h"}
-    shown = subprocess.run(["bash", ROOT / "examples" / script], env=given, capture_output=True, text=True, check=True).stdout.splitlines()
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "MODEL": "m",
+        "DATA": "d",
+        "OUT": "o",
+        "HEAD": "h",
+    }
+    shown = subprocess.run(
+        ["bash", ROOT / "examples" / script], env=given, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     launcher, flags = shown[: shown.index("train.py")], shown[shown.index("train.py") + 1 :]
     ranks = 16 if "--nnodes" in launcher else 8 if launcher else 1
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(ranks), "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert parse_args(flags).dtype == "bfloat16"  # and no InputError: known flags, shares that divide
+    assert (
+        parse_args(flags).dtype == "bfloat16"
+    )  # and no InputError: known flags, shares that divide

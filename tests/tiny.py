@@ -39,11 +39,19 @@ def chain(logits: Tensor) -> Transformer:
     """
     vocab = len(logits)
     width = vocab + vocab % 2
-    sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     made = model(dtype=torch.float64, **sizes, rms_norm_eps=1e-15)
     for parameter in made.layers.parameters():
         parameter.zero_()
-    made.norm.weight.fill_(width**-0.5)  # undoes the norm: a one-hot vector comes back as it went in
+    made.norm.weight.fill_(
+        width**-0.5
+    )  # undoes the norm: a one-hot vector comes back as it went in
     made.embed_tokens.weight.copy_(torch.eye(vocab, width))
     made.lm_head.weight.zero_()
     made.lm_head.weight[:, :vocab] = logits.double().T
@@ -51,18 +59,28 @@ def chain(logits: Tensor) -> Transformer:
 
 
 def tokenizer_dir(
-    path: Path, words: Sequence[str] = ("a", "b", "c", "d"), special: Sequence[str] = ("<eos>",), eos: object = "<eos>", bos: str = ""
+    path: Path,
+    words: Sequence[str] = ("a", "b", "c", "d"),
+    special: Sequence[str] = ("<eos>",),
+    eos: object = "<eos>",
+    bos: str = "",
 ) -> Path:
     """A directory with a tokenizer of whole words, ids in the order special, words; decoded text has a space between words.
 
     eos: what tokenizer_config.json says of it; None: there is no such file. bos: put in front of every text, as Llama's tokenizers do.
     """
     names = [*special, *words]
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0])
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
+    made.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
+    )
     if bos:
-        made.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, names.index(bos))])
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, names.index(bos))]
+        )
     path.mkdir(parents=True, exist_ok=True)
     made.save(str(path / "tokenizer.json"))
     if eos is not None:

@@ -30,10 +30,15 @@ TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 TIMES = ["never", "once", "twice", "three times", "four times"]
 ORDINALS = "first second third fourth fifth".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 COMPASS = "north east south west".split()
 TURNS = {"left": -1, "right": 1, "around": 2}  # quarters of a circle, clockwise
-WOMEN, MEN = "Mia Rosa Nora Lena Ivy Clara Ella Zoe".split(), "Tom Ben Omar Paul Max Hugo Leo Finn".split()
+WOMEN, MEN = (
+    "Mia Rosa Nora Lena Ivy Clara Ella Zoe".split(),
+    "Tom Ben Omar Paul Max Hugo Leo Finn".split(),
+)
 PEOPLE = dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
 NAMES = list(PEOPLE)
 
@@ -48,20 +53,59 @@ GOODS = {  # how a thing is bought, how it is spoken of afterwards
     "a bunch of flowers": "the flowers",
     "a bar of soap": "the soap",
 }
-EACH = {"Pens": "pen", "Melons": "melon", "Candles": "candle", "Tickets": "ticket", "Cakes": "cake", "Notebooks": "notebook"}
+EACH = {
+    "Pens": "pen",
+    "Melons": "melon",
+    "Candles": "candle",
+    "Tickets": "ticket",
+    "Cakes": "cake",
+    "Notebooks": "notebook",
+}
 SCALES = [  # what is compared, more, less, most, least
     (NAMES, "taller", "shorter", "tallest", "shortest"),
     (NAMES, "older", "younger", "oldest", "youngest"),
     (NAMES, "faster", "slower", "fastest", "slowest"),
     (NAMES, "stronger", "weaker", "strongest", "weakest"),
-    (["the red box", "the blue box", "the green box", "the white box"], "heavier", "lighter", "heaviest", "lightest"),
-    (["the grey book", "the brown book", "the black book", "the pink book"], "thicker", "thinner", "thickest", "thinnest"),
-    (["the blue rope", "the yellow rope", "the white rope", "the green rope"], "longer", "shorter", "longest", "shortest"),
+    (
+        ["the red box", "the blue box", "the green box", "the white box"],
+        "heavier",
+        "lighter",
+        "heaviest",
+        "lightest",
+    ),
+    (
+        ["the grey book", "the brown book", "the black book", "the pink book"],
+        "thicker",
+        "thinner",
+        "thickest",
+        "thinnest",
+    ),
+    (
+        ["the blue rope", "the yellow rope", "the white rope", "the green rope"],
+        "longer",
+        "shorter",
+        "longest",
+        "shortest",
+    ),
 ]
-EVENTS = ["the school trip", "the dentist appointment", "the birthday party", "the football match", "the piano lesson", "the village fair"]
+EVENTS = [
+    "the school trip",
+    "the dentist appointment",
+    "the birthday party",
+    "the football match",
+    "the piano lesson",
+    "the village fair",
+]
 SHOWS = ["film", "concert", "football match", "cooking lesson", "puppet show", "boat trip"]
 PLACES = ["the station", "the dentist", "work", "the theatre", "school", "the airport"]
-CHORES = ["painting the fence", "cleaning the kitchen", "mending the bicycle", "baking bread", "reading a story", "weeding the garden"]
+CHORES = [
+    "painting the fence",
+    "cleaning the kitchen",
+    "mending the bicycle",
+    "baking bread",
+    "reading a story",
+    "weeding the garden",
+]
 UNITS = [  # larger, smaller, how many of them, in steps of, something so large
     ("hour", "minute", 60, 5, "A train ride takes {}"),
     ("minute", "second", 60, 5, "A song lasts {}"),
@@ -83,9 +127,15 @@ TABLES = [  # heading, rows, (unit, from, to), (most, least), question, its answ
         ("pound", 2, 12),
         ("most", "least"),
         "Which fruit costs the {end}?",
-        ["At {value} per kilo, {a} cost the {end} of the four.", "It is {a} that cost the {end}, namely {value} per kilo."],
+        [
+            "At {value} per kilo, {a} cost the {end} of the four.",
+            "It is {a} that cost the {end}, namely {value} per kilo.",
+        ],
         "How much more does a kilo of {a} cost than a kilo of {b}?",
-        ["A kilo of {a} costs {value} more than a kilo of {b}.", "You pay {value} more for a kilo of {a} than for {b}."],
+        [
+            "A kilo of {a} costs {value} more than a kilo of {b}.",
+            "You pay {value} more for a kilo of {a} than for {b}.",
+        ],
     ),
     (
         "This is how many goals each child scored",
@@ -93,9 +143,15 @@ TABLES = [  # heading, rows, (unit, from, to), (most, least), question, its answ
         ("goal", 1, 12),
         ("most", "fewest"),
         "Who scored the {end} goals?",
-        ["The {end} goals were scored by {a}, who got {value}.", "It was {a} who scored the {end} goals of the four, with {value}."],
+        [
+            "The {end} goals were scored by {a}, who got {value}.",
+            "It was {a} who scored the {end} goals of the four, with {value}.",
+        ],
         "How many more goals did {a} score than {b}?",
-        ["In this list {a} scored {value} more than {b} did.", "There is a difference of {value} between {a} and {b}."],
+        [
+            "In this list {a} scored {value} more than {b} did.",
+            "There is a difference of {value} between {a} and {b}.",
+        ],
     ),
     (
         "These were the temperatures at noon",
@@ -103,9 +159,15 @@ TABLES = [  # heading, rows, (unit, from, to), (most, least), question, its answ
         ("degree", 8, 25),
         ("warmest", "coldest"),
         "Which day was the {end}?",
-        ["The {end} day in the list was {a}, when there were {value}.", "It was on {a} that the weather was {end}, with {value}."],
+        [
+            "The {end} day in the list was {a}, when there were {value}.",
+            "It was on {a} that the weather was {end}, with {value}.",
+        ],
         "By how many degrees was {a} warmer than {b}?",
-        ["At noon it was {value} warmer on {a} than on {b}.", "The difference is {value}, since {a} was warmer than {b} by that much."],
+        [
+            "At noon it was {value} warmer on {a} than on {b}.",
+            "The difference is {value}, since {a} was warmer than {b} by that much.",
+        ],
     ),
     (
         "This is how many pages each child read in one evening",
@@ -113,9 +175,15 @@ TABLES = [  # heading, rows, (unit, from, to), (most, least), question, its answ
         ("page", 5, 30),
         ("most", "fewest"),
         "Who read the {end} pages?",
-        ["The {end} pages were read by {a}, who got through {value}.", "Of the four children, {a} read the {end}, namely {value}."],
+        [
+            "The {end} pages were read by {a}, who got through {value}.",
+            "Of the four children, {a} read the {end}, namely {value}.",
+        ],
         "How many more pages did {a} read than {b}?",
-        ["In that evening {a} read {value} more than {b} did.", "There is a difference of {value} between {a} and {b}."],
+        [
+            "In that evening {a} read {value} more than {b} did.",
+            "There is a difference of {value} between {a} and {b}.",
+        ],
     ),
 ]
 
@@ -130,7 +198,9 @@ def spell(n: int) -> str:
     if n < 1000:
         return f"{SMALL[n // 100]} hundred" + (f" and {spell(n % 100)}" if n % 100 else "")
     rest = n % 1000
-    return f"{SMALL[n // 1000]} thousand" + (f"{' and' if rest < 100 else ''} {spell(rest)}" if rest else "")
+    return f"{SMALL[n // 1000]} thousand" + (
+        f"{' and' if rest < 100 else ''} {spell(rest)}" if rest else ""
+    )
 
 
 def plural(n: int, noun: str) -> str:
@@ -152,7 +222,9 @@ def listed(words: list[str], last: str = "and") -> str:
 def clock(minute: int) -> str:
     """A time of day, in minutes after twelve, as people say it: 100 is twenty to two."""
     hour, minute = divmod(minute % 720, 60)
-    said = {0: "", 15: "quarter", 30: "half"}.get(minute if minute <= 30 else 60 - minute) or spell(min(minute, 60 - minute))
+    said = {0: "", 15: "quarter", 30: "half"}.get(minute if minute <= 30 else 60 - minute) or spell(
+        min(minute, 60 - minute)
+    )
     hours = [SMALL[hour or 12], SMALL[hour + 1]]
     if minute == 0:
         return f"{hours[0]} o'clock"
@@ -181,7 +253,9 @@ def read_groups() -> list[tuple[str, str, list[str]]]:
 
 GROUPS = read_groups()
 OPPOSITES = [line.split(" / ") for line in facts("opposite")]
-STEPS = [(doing, steps.split(" > ")) for doing, steps in (line.split(": ") for line in facts("steps"))]
+STEPS = [
+    (doing, steps.split(" > ")) for doing, steps in (line.split(": ") for line in facts("steps"))
+]
 CAUSES = [line.split(" | ") for line in facts("cause")]
 ADVICE = [line.split(" | ") for line in facts("advice")]
 THINGS = [line.split(" | ") for line in facts("thing")]
@@ -201,7 +275,10 @@ def change(rng: random.Random) -> Row:
         (this, spoken_of), (that, also) = rng.sample(sorted(GOODS.items()), 2)
         costs = [rng.randrange(1, 10), rng.randrange(1, 10)]
         a, b = (plural(n, coin) for n in costs)
-        told = [f"{name} buys {this} for {a} and {that} for {b}.", f"{capital(this)} costs {a} and {that} costs {b}. {name} buys both."]
+        told = [
+            f"{name} buys {this} for {a} and {that} for {b}.",
+            f"{capital(this)} costs {a} and {that} costs {b}. {name} buys both.",
+        ]
         bought = f"{spoken_of} and {also}"
     else:
         many, (things, thing) = rng.randrange(2, 6), rng.choice(sorted(EACH.items()))
@@ -238,7 +315,10 @@ def ages(rng: random.Random) -> Row:
     if form == "twice":
         question, old = f"{start}, and {z} is twice as old as {y}. How old is {z}?", 2 * second
     elif form == "future":
-        question, old = f"{start}. How old will {y} be in {plural(other, 'year')} from now?", second + other
+        question, old = (
+            f"{start}. How old will {y} be in {plural(other, 'year')} from now?",
+            second + other,
+        )
     else:
         question = f"{start}, and {z} is {plural(other, 'year')} {form} than {y}. How old is {z}?"
         old = second - other if form == "younger" else second + other
@@ -260,9 +340,14 @@ def order(rng: random.Random) -> Row:
     """Three people or things, two clues; who is first, last, or between."""
     things, more, less, most, least = rng.choice(SCALES)
     a, b, c = ranked = rng.sample(things, 3)  # a is the most, c the least
-    clues = [rng.choice([f"{x} is {more} than {y}", f"{y} is {less} than {x}"]) for x, y in ((a, b), (b, c))]
+    clues = [
+        rng.choice([f"{x} is {more} than {y}", f"{y} is {less} than {x}"])
+        for x, y in ((a, b), (b, c))
+    ]
     rng.shuffle(clues)
-    told = rng.choice([f"{capital(clues[0])}. {capital(clues[1])}.", f"{capital(clues[0])}, and {clues[1]}."])
+    told = rng.choice(
+        [f"{capital(clues[0])}. {capital(clues[1])}.", f"{capital(clues[0])}, and {clues[1]}."]
+    )
     who = "Who" if things is NAMES else "Which one"
     place = rng.randrange(3)
     if place == 1:
@@ -284,12 +369,24 @@ def order(rng: random.Random) -> Row:
 
 
 def weekday(rng: random.Random) -> Row:
-    start, event, later = rng.randrange(7), rng.choice(EVENTS), rng.choice(["the day after tomorrow", "tomorrow"])
+    start, event, later = (
+        rng.randrange(7),
+        rng.choice(EVENTS),
+        rng.choice(["the day after tomorrow", "tomorrow"]),
+    )
     day, form = DAYS[start], rng.choice(["event", "count", "near"])
     n, sign = rng.randrange(2, 12), rng.choice([1, -1])
     if form == "near":  # from one named day to another
         here, there = rng.choice([("yesterday", later), ("the day before yesterday", "tomorrow")])
-        shift = sum({"yesterday": 1, "the day before yesterday": 2, "tomorrow": 1, "the day after tomorrow": 2}[x] for x in (here, there))
+        shift = sum(
+            {
+                "yesterday": 1,
+                "the day before yesterday": 2,
+                "tomorrow": 1,
+                "the day after tomorrow": 2,
+            }[x]
+            for x in (here, there)
+        )
         was, will = ("was", "will it be") if sign == 1 else ("is", "was it")
         if sign == -1:
             here, there = there, here
@@ -354,11 +451,17 @@ def month(rng: random.Random) -> Row:
                 ),
                 (
                     f"Which month of the year comes {many} after {here}?",
-                    [f"The month that comes {many} after {here} is {there}.", f"Counting {many} forward from {here} brings us to {there}."],
+                    [
+                        f"The month that comes {many} after {here} is {there}.",
+                        f"Counting {many} forward from {here} brings us to {there}.",
+                    ],
                 ),
                 (
                     f"It is {here} now, and the new bridge opens in {many}. Which month will that be?",
-                    [f"The new bridge opens in {there}, {many} after {here}.", f"That will be {there}, because now it is {here}."],
+                    [
+                        f"The new bridge opens in {there}, {many} after {here}.",
+                        f"That will be {there}, because now it is {here}.",
+                    ],
                 ),
             ]
         )
@@ -374,11 +477,17 @@ def month(rng: random.Random) -> Row:
                 ),
                 (
                     f"Which month of the year comes {many} before {here}?",
-                    [f"The month that comes {many} before {here} is {there}.", f"Counting {many} back from {here} brings us to {there}."],
+                    [
+                        f"The month that comes {many} before {here} is {there}.",
+                        f"Counting {many} back from {here} brings us to {there}.",
+                    ],
                 ),
                 (
                     f"It is {here} now, and {name} learnt to swim {many} ago. Which month was that?",
-                    [f"{name} learnt to swim in {there}, {many} before {here}.", f"That was in {there}, because now it is {here}."],
+                    [
+                        f"{name} learnt to swim in {there}, {many} before {here}.",
+                        f"That was in {there}, because now it is {here}.",
+                    ],
                 ),
             ]
         )
@@ -388,8 +497,18 @@ def month(rng: random.Random) -> Row:
 def hours(rng: random.Random) -> Row:
     """When it ends, when it has to begin, how long it takes."""
     begin, minutes = rng.randrange(0, 720, 5), rng.randrange(20, 121, 5)
-    start, end, long, name = clock(begin), clock(begin + minutes), duration(minutes), rng.choice(NAMES)
-    she, show, place, chore = PEOPLE[name], rng.choice(SHOWS), rng.choice(PLACES), rng.choice(CHORES)
+    start, end, long, name = (
+        clock(begin),
+        clock(begin + minutes),
+        duration(minutes),
+        rng.choice(NAMES),
+    )
+    she, show, place, chore = (
+        PEOPLE[name],
+        rng.choice(SHOWS),
+        rng.choice(PLACES),
+        rng.choice(CHORES),
+    )
     question, answers = rng.choice(
         [
             (
@@ -399,7 +518,10 @@ def hours(rng: random.Random) -> Row:
                         f"A {show} of {long} begins at {start}. When does it end?",
                     ]
                 ),
-                [f"The {show} is over at {end}, {long} after it started.", f"It ends at {end}, because it started at {start}."],
+                [
+                    f"The {show} is over at {end}, {long} after it started.",
+                    f"It ends at {end}, because it started at {start}.",
+                ],
             ),
             (
                 rng.choice(
@@ -420,7 +542,10 @@ def hours(rng: random.Random) -> Row:
                         f"From {start} until {end}, {name} was busy {chore}. For how long was that?",
                     ]
                 ),
-                [f"It took {name} {long} to get from the start to the end.", f"{name} spent {long} {chore}, from {start} until {end}."],
+                [
+                    f"It took {name} {long} to get from the start to the end.",
+                    f"{name} spent {long} {chore}, from {start} until {end}.",
+                ],
             ),
         ]
     )
@@ -434,7 +559,9 @@ def units(rng: random.Random) -> Row:
     both, all_small = f"{plural(many, large)} and {plural(more, small)}", plural(total, small)
     larges, smalls = PLURALS.get(large, large + "s"), PLURALS.get(small, small + "s")
     if rng.random() < 0.6:
-        question = f"{saying.format(both)}. " + rng.choice([f"How many {smalls} is that altogether?", f"What is that in {smalls} alone?"])
+        question = f"{saying.format(both)}. " + rng.choice(
+            [f"How many {smalls} is that altogether?", f"What is that in {smalls} alone?"]
+        )
         answers = [
             f"{capital(both)} are {all_small} altogether.",
             f"That is {all_small}, because there are {spell(factor)} {smalls} in one {large}.",
@@ -442,7 +569,10 @@ def units(rng: random.Random) -> Row:
         ]
     else:
         question = f"{saying.format(all_small)}. " + rng.choice(
-            [f"How many {larges} and {smalls} is that?", f"Can you say this in {larges} and {smalls}?"]
+            [
+                f"How many {larges} and {smalls} is that?",
+                f"Can you say this in {larges} and {smalls}?",
+            ]
         )
         answers = [
             f"That is the same as {both}, with {spell(factor)} {smalls} in one {large}.",
@@ -453,7 +583,9 @@ def units(rng: random.Random) -> Row:
 
 def table(rng: random.Random) -> Row:
     """A list of four, with figures as lists have them."""
-    heading, names, (unit, low, high), ends, ask_end, tell_end, ask_more, tell_more = rng.choice(TABLES)
+    heading, names, (unit, low, high), ends, ask_end, tell_end, ask_more, tell_more = rng.choice(
+        TABLES
+    )
     rows = dict(zip(rng.sample(names, 4), rng.sample(range(low, high + 1), 4), strict=True))
     shown = [f"{name} {n} {unit}{'' if n == 1 else 's'}" for name, n in rows.items()]
     told = rng.choice([f"{heading}: {', '.join(shown)}. ", "\n".join([f"{heading}:", *shown, ""])])
@@ -466,19 +598,33 @@ def table(rng: random.Random) -> Row:
         b, a = sorted(rng.sample(ranked, 2), key=ranked.index)
         end, n, ask, tell = "", rows[a] - rows[b], ask_more, tell_more
     words = {"a": a, "b": b, "end": end, "value": plural(n, unit)}
-    return told + ask.format(**words), rng.choice(tell).format(**words), (sorted(rows.items()), end, a, b)
+    return (
+        told + ask.format(**words),
+        rng.choice(tell).format(**words),
+        (sorted(rows.items()), end, a, b),
+    )
 
 
 def turns(rng: random.Random) -> Row:
     start, name = rng.randrange(4), rng.choice(NAMES)
     made = rng.choices(list(TURNS), [3, 3, 1], k=rng.choice([2, 3, 3]))
-    here, there, many = COMPASS[start], COMPASS[(start + sum(TURNS[turn] for turn in made)) % 4], spell(len(made))
+    here, there, many = (
+        COMPASS[start],
+        COMPASS[(start + sum(TURNS[turn] for turn in made)) % 4],
+        spell(len(made)),
+    )
     orders = ", then ".join(f"turn {turn}" for turn in made)
     question, who = rng.choice(
         [
             (f"You stand facing {here}. You {orders}. Which way are you facing now?", "you are"),
-            (f"A robot looks {here} and gets these orders: {orders}. In which direction does it look at the end?", "the robot is"),
-            (f"{name} is facing {here}. We say to {name}: {orders}. Which way is {name} facing after that?", f"{name} is"),
+            (
+                f"A robot looks {here} and gets these orders: {orders}. In which direction does it look at the end?",
+                "the robot is",
+            ),
+            (
+                f"{name} is facing {here}. We say to {name}: {orders}. Which way is {name} facing after that?",
+                f"{name} is",
+            ),
         ]
     )
     answers = [
@@ -501,11 +647,17 @@ def letters(rng: random.Random) -> Row:
                 f"Spell the word {word}. How often do you write the letter {letter}?",
             ]
         )
-        answers = [f"The letter {letter} appears {times} in the word {word}.", f"In the word {word} we find the letter {letter} {times}."]
+        answers = [
+            f"The letter {letter} appears {times} in the word {word}.",
+            f"In the word {word} we find the letter {letter} {times}.",
+        ]
     elif form == "length":
         many = spell(len(word))
         question = rng.choice(
-            [f"Count the letters of the word {word}. How many are there?", f"How many letters do you need to write the word {word}?"]
+            [
+                f"Count the letters of the word {word}. How many are there?",
+                f"How many letters do you need to write the word {word}?",
+            ]
         )
         answers = [
             f"The word {word} has {many} letters, from {word[0]} to {word[-1]}.",
@@ -554,7 +706,10 @@ def opposite(rng: random.Random) -> Row:
     word, wanted = rng.sample(pair, 2)
     shown = listed(rng.sample([wanted, *(rng.choice(other) for other in others)], 4), "or")
     question = rng.choice(
-        [f"Which of these words means the opposite of {word}: {shown}?", f"I am looking for the opposite of {word}. Is it {shown}?"]
+        [
+            f"Which of these words means the opposite of {word}: {shown}?",
+            f"I am looking for the opposite of {word}. Is it {shown}?",
+        ]
     )
     answer = rng.choice(
         [
@@ -570,21 +725,48 @@ def steps(rng: random.Random) -> Row:
     doing, right = rng.choice(STEPS)
     mixed = rng.choice([list(p) for p in permutations(right) if list(p) != right])
     shown = "; ".join(mixed)
-    told = rng.choice([f"Here are four steps of {doing}, in mixed order: {shown}.", f"These are the steps of {doing}, shuffled: {shown}."])
+    told = rng.choice(
+        [
+            f"Here are four steps of {doing}, in mixed order: {shown}.",
+            f"These are the steps of {doing}, shuffled: {shown}.",
+        ]
+    )
     form, at = rng.choice(["first", "last", "after", "before"]), rng.randrange(3)
     earlier, later = right[at : at + 2]
     if form == "first":
         ask = rng.choice(["Which step comes first?", "What do you have to do first?"])
-        answers = [f"First you have to {right[0]}, and only then can you {right[1]}.", f"The first of the four steps is to {right[0]}."]
+        answers = [
+            f"First you have to {right[0]}, and only then can you {right[1]}.",
+            f"The first of the four steps is to {right[0]}.",
+        ]
     elif form == "last":
         ask = rng.choice(["Which step comes last?", "What do you do at the very end?"])
-        answers = [f"The last of the four steps is to {right[3]}.", f"At the very end you {right[3]}, once everything else is done."]
+        answers = [
+            f"The last of the four steps is to {right[3]}.",
+            f"At the very end you {right[3]}, once everything else is done.",
+        ]
     elif form == "after":
-        ask = rng.choice([f'What do you do right after the step "{earlier}"?', f'Which step follows "{earlier}"?'])
-        answers = [f"The step that follows is to {later}, right after you {earlier}.", f"Once that is done, the next step is to {later}."]
+        ask = rng.choice(
+            [
+                f'What do you do right after the step "{earlier}"?',
+                f'Which step follows "{earlier}"?',
+            ]
+        )
+        answers = [
+            f"The step that follows is to {later}, right after you {earlier}.",
+            f"Once that is done, the next step is to {later}.",
+        ]
     else:
-        ask = rng.choice([f'What do you do just before the step "{later}"?', f'Which step comes just before "{later}"?'])
-        answers = [f"The step just before that one is to {earlier}.", f"Just before you {later}, you have to {earlier}."]
+        ask = rng.choice(
+            [
+                f'What do you do just before the step "{later}"?',
+                f'Which step comes just before "{later}"?',
+            ]
+        )
+        answers = [
+            f"The step just before that one is to {earlier}.",
+            f"Just before you {later}, you have to {earlier}.",
+        ]
     return f"{told} {ask}", rng.choice(answers), doing
 
 
@@ -597,7 +779,11 @@ def cause(rng: random.Random) -> Row:
             f"What happens in the end when {what}?",
         ]
     )
-    return question, rng.choice([sentence(effect), f"Most likely {effect}.", f"I would expect that {effect}."]), what
+    return (
+        question,
+        rng.choice([sentence(effect), f"Most likely {effect}.", f"I would expect that {effect}."]),
+        what,
+    )
 
 
 def advice(rng: random.Random) -> Row:
@@ -609,7 +795,17 @@ def advice(rng: random.Random) -> Row:
             f"I need some advice for my home: {trouble}. What would you do?",
         ]
     )
-    return question, rng.choice([f"You could {help_}.", f"It usually helps to {help_}.", f"The simplest thing is to {help_}."]), trouble
+    return (
+        question,
+        rng.choice(
+            [
+                f"You could {help_}.",
+                f"It usually helps to {help_}.",
+                f"The simplest thing is to {help_}.",
+            ]
+        ),
+        trouble,
+    )
 
 
 def thing(rng: random.Random) -> Row:
@@ -631,7 +827,24 @@ def thing(rng: random.Random) -> Row:
     return question, answer, name
 
 
-KINDS = [change, ages, order, weekday, month, hours, units, table, turns, letters, odd, opposite, steps, cause, advice, thing]
+KINDS = [
+    change,
+    ages,
+    order,
+    weekday,
+    month,
+    hours,
+    units,
+    table,
+    turns,
+    letters,
+    odd,
+    opposite,
+    steps,
+    cause,
+    advice,
+    thing,
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -644,7 +857,11 @@ def make_rows(count: int, seed: int, taken: set[str]) -> tuple[list[dict[str, st
         while True:
             question, answer, about = kind(rng)
             fact, tries = f"{kind.__name__} {about}", tries + 1
-            if question not in questions and fact not in taken and (fact not in used or tries > 200):  # a kind may run out of new facts
+            if (
+                question not in questions
+                and fact not in taken
+                and (fact not in used or tries > 200)
+            ):  # a kind may run out of new facts
                 break
         rows.append({"question": question, "answer": answer})
         questions.add(question)
@@ -657,7 +874,10 @@ def make_files() -> dict[str, str]:
     """The text of each file. Test comes first: train takes the facts that are left."""
     test, used = make_rows(TEST, seed=1, taken=set())
     train, _ = make_rows(TRAIN, seed=2, taken=used)
-    return {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in (("train.jsonl", train), ("test.jsonl", test))}
+    return {
+        name: "".join(json.dumps(row) + "\n" for row in rows)
+        for name, rows in (("train.jsonl", train), ("test.jsonl", test))
+    }
 
 
 def main() -> None:

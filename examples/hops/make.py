@@ -26,7 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script: the project's files are two folders up
 
 from data import Tokenizer  # noqa: E402
-from model import Config, Transformer, save_model, write_json  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+from support.weights import save_model, write_json  # noqa: E402
 
 NAMES = "ann bob cal dee eva fay gus kim".split()
 HOPS = range(3, 7)

@@ -20,7 +20,8 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E402
 
 from data import Tokenizer  # noqa: E402
-from model import Config, Transformer, copy_token_rows, save_model  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+from support.weights import copy_token_rows, save_model  # noqa: E402
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Who wrote this book?"}],
@@ -39,12 +40,23 @@ def export(path: Path) -> None:
     """Writes the directory, as training would."""
     tokenizer = Tokenizer(HERE / "tokenizers/byte_level")
     vocab = tokenizer.marker_id  # the marker lies one beyond
-    config = Config(vocab, 16, 24, 2, 4, num_key_value_heads=2, eos_token_id=tokenizer.eos_ids[0], bos_token_id=tokenizer.prefix[0])
+    config = Config(
+        vocab,
+        16,
+        24,
+        2,
+        4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_ids[0],
+        bos_token_id=tokenizer.prefix[0],
+    )
     model, generator = Transformer(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise if parameter.dim() == 2 else 1 + 0.3 * noise)  # far from uniform: greedy choices are no near-ties
+            parameter.copy_(
+                noise if parameter.dim() == 2 else 1 + 0.3 * noise
+            )  # far from uniform: greedy choices are no near-ties
     copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
     save_model(model, path)
     tokenizer.save(path)
@@ -54,13 +66,28 @@ def main() -> None:
     logging.set_verbosity_error()
     folder = HERE / "export"
     export(folder)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
     expected = []
     for messages in CONVERSATIONS:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0)
-        expected.append({"messages": messages, "prompt": prompt, "greedy": out[0, len(prompt) :].tolist()})
-    (folder / "expected.json").write_text("[\n" + ",\n".join(json.dumps(e) for e in expected) + "\n]\n")
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        out = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        expected.append(
+            {"messages": messages, "prompt": prompt, "greedy": out[0, len(prompt) :].tolist()}
+        )
+    (folder / "expected.json").write_text(
+        "[\n" + ",\n".join(json.dumps(e) for e in expected) + "\n]\n"
+    )
 
 
 if __name__ == "__main__":

@@ -45,13 +45,30 @@ COMMON = {
     "use_cache": True,
     "vocab_size": 96,
 }
-LLAMA = {**COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False}
-MISTRAL = {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    **COMMON,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+}
+MISTRAL = {
+    **COMMON,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 # The wavelengths of the four frequencies at rope_theta 100 are 6, 20, 63 and 199 positions, so these two scalings meet every branch of the
 # llama3 formula: in the first one wavelength stays, one is interpolated, two are divided; in the second one is interpolated, three divided.
 # The first original length is above our input's and the second below: the scaling applies from the first position on, in both.
-SCALING_31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32, "rope_type": "llama3"}
+SCALING_31 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_type": "llama3",
+}
 SCALING_32 = {**SCALING_31, "factor": 32.0, "original_max_position_embeddings": 16}
 
 CONFIGS = {
@@ -86,7 +103,13 @@ CONFIGS = {
         "bos_token_id": 93,
         "eos_token_id": 94,
     },
-    "mistral_v01": {**MISTRAL, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 10000.0, "sliding_window": 8},
+    "mistral_v01": {
+        **MISTRAL,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+        "sliding_window": 8,
+    },
     "mistral_v03": {
         **MISTRAL,
         "num_key_value_heads": 1,
@@ -107,7 +130,10 @@ CONFIGS = {
 }
 
 # The same models after transformers 5 has loaded and saved them: its config.json with rope_parameters, its shards with their index.
-RESAVED = {"llama31_rope_parameters": ("llama31_rope_scaling", "1GB"), "sharded": ("mistral_v03", "40KB")}
+RESAVED = {
+    "llama31_rope_parameters": ("llama31_rope_scaling", "1GB"),
+    "sharded": ("mistral_v03", "40KB"),
+}
 
 # Readings of config.json that are wrong, and must show.
 MISTAKES = {
@@ -118,7 +144,11 @@ MISTAKES = {
         {"rope_scaling": {**SCALING_31, "rope_type": "linear"}},
         {"rope_scaling": {**SCALING_31, "original_max_position_embeddings": 256}},
     ],
-    "llama32": [{"rope_scaling": None}, {"rope_scaling": {**SCALING_32, "factor": 8.0}}, {"rms_norm_eps": 1e-6}],
+    "llama32": [
+        {"rope_scaling": None},
+        {"rope_scaling": {**SCALING_32, "factor": 8.0}},
+        {"rms_norm_eps": 1e-6},
+    ],
     "mistral_v01": [{"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 9}],
     "mistral_v03": [{"sliding_window": 8}, {"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}],
     "nemo": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}],
@@ -131,20 +161,26 @@ def write_model(folder: Path, config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     generator = torch.Generator().manual_seed(zlib.crc32(folder.name.encode()))
     tensors = {}
-    for name, empty in sorted(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict().items()):
+    for name, empty in sorted(
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict().items()
+    ):
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         noise = torch.randn(empty.shape, generator=generator)
         tensors[name] = 1 + 0.3 * noise if name.endswith("norm.weight") else 0.2 * noise
     if folder.name == "llama2":
         for layer in range(config["num_hidden_layers"]):
-            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = 1 / 10000 ** (
+                torch.arange(0, 8, 2) / 8
+            )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def resave_model(folder: Path, source: Path, shard_size: str) -> None:
     """Writes what transformers makes of the directory `source`, in shards of at most `shard_size`."""
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(folder, max_shard_size=shard_size)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(
+        folder, max_shard_size=shard_size
+    )
 
 
 @torch.no_grad()
@@ -153,9 +189,15 @@ def logits(folder: Path, tokens: torch.Tensor, **mistake) -> torch.Tensor:
     config = {**json.loads((folder / "config.json").read_text()), **mistake}
     config = AutoConfig.for_model(**copy.deepcopy(config))  # it writes into the dicts it is given
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
     )
-    assert not any(report.values()), f"{folder.name}: {report}"  # nothing missing, nothing left over
+    assert not any(report.values()), (
+        f"{folder.name}: {report}"
+    )  # nothing missing, nothing left over
     return model.eval()(tokens, use_cache=False).logits
 
 
@@ -173,7 +215,9 @@ def main() -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{source} tokens".encode()))
         tokens = torch.randint(COMMON["vocab_size"], (BATCH, LENGTH), generator=generator)
         expected = logits(folder, tokens)
-        assert torch.equal(expected, logits(HERE / source, tokens)), f"{name} differs from {source}, which it is a copy of"
+        assert torch.equal(expected, logits(HERE / source, tokens)), (
+            f"{name} differs from {source}, which it is a copy of"
+        )
         save_file({"tokens": tokens, "logits": expected}, folder / "expected.safetensors")
 
         top = expected.abs().max()

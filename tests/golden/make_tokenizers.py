@@ -21,7 +21,17 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # for the same bytes every time
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 HERE = Path(__file__).parent / "tokenizers"
 
@@ -61,7 +71,12 @@ Under the "old" rules (see above), nobody was allowed to leave early.
 Jane & Quentin: "Great, we've won!" - "No, you haven't."
 """.strip().split("\n")
 
-BOS, EOS, EOT, RESERVED = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>"
+BOS, EOS, EOT, RESERVED = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|reserved_special_token_0|>",
+)
 
 # Llama 3's: contractions, words with the space in front of them, at most three digits, punctuation, white space
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -77,10 +92,19 @@ def byte_level() -> tuple[Tokenizer, dict]:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=376, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(vocab_size=376, initial_alphabet=alphabet, show_progress=False),
+    )
     tokenizer.add_special_tokens([BOS, EOS, EOT, RESERVED])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), prepend(BOS, tokenizer)])
-    return tokenizer, {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), prepend(BOS, tokenizer)]
+    )
+    return tokenizer, {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
 
 
 def sentencepiece() -> tuple[Tokenizer, dict]:
@@ -89,7 +113,13 @@ def sentencepiece() -> tuple[Tokenizer, dict]:
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=128, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(learnt["vocab"], key=learnt["vocab"].get)]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *sorted(learnt["vocab"], key=learnt["vocab"].get),
+    ]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
@@ -99,20 +129,45 @@ def sentencepiece() -> tuple[Tokenizer, dict]:
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")]
+    )
     tokenizer.post_processor = prepend("<s>", tokenizer)
-    form = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    names = {name: {**form, "content": token} for name, token in [("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")]}
-    return tokenizer, {"add_bos_token": True, "add_eos_token": False, **names, "tokenizer_class": "LlamaTokenizer"}
+    form = {
+        "__type": "AddedToken",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+    }
+    names = {
+        name: {**form, "content": token}
+        for name, token in [("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")]
+    }
+    return tokenizer, {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **names,
+        "tokenizer_class": "LlamaTokenizer",
+    }
 
 
 def prepend(bos: str, tokenizer: Tokenizer) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
     )
 
 
@@ -122,8 +177,12 @@ def main() -> None:
         folder = HERE / kind.__name__
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        print(f"{kind.__name__}: {tokenizer.get_vocab_size()} tokens, {(folder / 'tokenizer.json').stat().st_size / 1000:.0f} kB")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+        )
+        print(
+            f"{kind.__name__}: {tokenizer.get_vocab_size()} tokens, {(folder / 'tokenizer.json').stat().st_size / 1000:.0f} kB"
+        )
 
 
 if __name__ == "__main__":

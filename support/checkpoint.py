@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from data import Tokenizer
-from distributed import from_all, rank, wait_for_all
-from errors import InputError
-from model import Transformer, save_model, stored_dtype, write_json
+from model import Transformer
+from support.distributed import from_all, rank, wait_for_all
+from support.errors import InputError
+from support.weights import save_model, stored_dtype, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,18 +37,38 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # ---------------------------------------------------------------------------------------------------------------- the folder
 def open_run(out: Path, args: dict) -> None:
     """Makes the run's folder ready to be written to; InputError if it holds a run that neither --resume nor --overwrite was said of."""
-    holds = [path for pattern in ("log.jsonl", "samples.jsonl", "checkpoint-*", "final*") for path in out.glob(pattern)]
+    holds = [
+        path
+        for pattern in ("log.jsonl", "samples.jsonl", "checkpoint-*", "final*")
+        for path in out.glob(pattern)
+    ]
     if holds and not (args["resume"] or args["overwrite"]):
-        raise InputError(f"--out {out} already holds a run ({holds[0].name}): take another folder, --resume it or --overwrite it")
+        raise InputError(
+            f"--out {out} already holds a run ({holds[0].name}): take another folder, --resume it or --overwrite it"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in [*(holds if args["overwrite"] else []), *out.glob("*.tmp")]:  # *.tmp: what a kill left half-written
+        for path in [
+            *(holds if args["overwrite"] else []),
+            *out.glob("*.tmp"),
+        ]:  # *.tmp: what a kill left half-written
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        before = json.loads((out / "args.json").read_text()) if args["resume"] and (out / "args.json").exists() else {}
+        before = (
+            json.loads((out / "args.json").read_text())
+            if args["resume"] and (out / "args.json").exists()
+            else {}
+        )
         write_json(out / "args.json", args)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    print(" ".join(["python train.py", *(f"--{name.replace('_', '-')} {value!r}" for name, value in args.items())]))
+    print(
+        " ".join(
+            [
+                "python train.py",
+                *(f"--{name.replace('_', '-')} {value!r}" for name, value in args.items()),
+            ]
+        )
+    )
     for name, value in before.items():
         if name not in ("resume", "overwrite") and args.get(name, value) != value:
             print(f"note: --{name.replace('_', '-')} was {value!r} before the interruption")
@@ -100,23 +121,39 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def save_checkpoint(
-    out: Path, step: int, position: int, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, keep: int
+    out: Path,
+    step: int,
+    position: int,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> None:
     """Writes checkpoint-STEP/ and lets the last `keep` stay."""
 
     def write(folder: Path) -> None:
         save_model(model, folder)
-        writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)  # every rank writes its own rows
+        writer = HuggingFaceStorageWriter(
+            str(folder / "optimizer"), save_distributed=True
+        )  # every rank writes its own rows
         with alone_is_fine():
             dcp.save(moments(model, optimizer), storage_writer=writer)
         if rank() == 0:
             tokenizer.save(folder)
-            updates = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
-            write_json(folder / "progress.json", {"step": step, "position": position, "updates": updates})
+            updates = max(
+                (int(state.get("step", 0)) for state in optimizer.state.values()), default=0
+            )
+            write_json(
+                folder / "progress.json", {"step": step, "position": position, "updates": updates}
+            )
 
     def prune() -> None:
-        for old in sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".tmp")[:-keep]:
-            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))  # never half a checkpoint under a whole one's name
+        for old in sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".tmp")[
+            :-keep
+        ]:
+            shutil.rmtree(
+                old.rename(old.with_name(old.name + ".tmp"))
+            )  # never half a checkpoint under a whole one's name
 
     write_directory(out / f"checkpoint-{step:06}", write)
     first_rank_does(prune)
@@ -126,7 +163,9 @@ def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, T
     """AdamW's state by parameter name; zeros, as AdamW would start, where a parameter has none yet."""
     found = {}
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter] or {key: torch.zeros_like(parameter.detach()) for key in MOMENTS}
+        state = optimizer.state[parameter] or {
+            key: torch.zeros_like(parameter.detach()) for key in MOMENTS
+        }
         found |= {f"{name}.{key}": state[key] for key in MOMENTS}
     return found
 
@@ -139,13 +178,20 @@ def alone_is_fine() -> Iterator[None]:
         yield
 
 
-def load_progress(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+def load_progress(
+    checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer
+) -> tuple[int, int]:
     """Puts the optimizer's moments back -> (step, data position)."""
     try:
         progress = json.loads((checkpoint / "progress.json").read_text())
         step, position, updates = (int(progress[name]) for name in ("step", "position", "updates"))
-        state, reader = moments(model, optimizer), HuggingFaceStorageReader(str(checkpoint / "optimizer"))
-        found = reader.read_metadata().state_dict_metadata  # what is not as it should be is refused here, in a line
+        state, reader = (
+            moments(model, optimizer),
+            HuggingFaceStorageReader(str(checkpoint / "optimizer")),
+        )
+        found = (
+            reader.read_metadata().state_dict_metadata
+        )  # what is not as it should be is refused here, in a line
         for name, tensor in state.items():
             if name not in found or found[name].size != tensor.shape:
                 raise ValueError(f"optimizer/ holds no {name} of shape {list(tensor.shape)}")
@@ -154,8 +200,12 @@ def load_progress(checkpoint: Path, model: Transformer, optimizer: torch.optim.O
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"{checkpoint}: not a checkpoint that can be resumed: {error}") from None
     for name, parameter in model.named_parameters():
-        steps = torch.tensor(float(updates), device=parameter.device)  # fused AdamW wants the count where the weights are
-        optimizer.state[parameter] = {"step": steps} | {key: state[f"{name}.{key}"] for key in MOMENTS}
+        steps = torch.tensor(
+            float(updates), device=parameter.device
+        )  # fused AdamW wants the count where the weights are
+        optimizer.state[parameter] = {"step": steps} | {
+            key: state[f"{name}.{key}"] for key in MOMENTS
+        }
     return step, position
 
 

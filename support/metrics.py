@@ -22,9 +22,9 @@ from torch import Tensor
 
 from aggregate import MAX_EXPONENT
 from data import Example, Tokenizer
-from distributed import rank
 from reward import Scores
 from sample import Trace
+from support.distributed import rank
 
 
 def group_figures(
@@ -82,18 +82,23 @@ def summary(figures: list[dict], norms: list[float]) -> dict[str, float]:
 
     rewards, lengths = every("reward"), every("length")
     tokens = max(1, sum(lengths))
-    trace_loss, answer_loss, marker_loss, null_loss = (sum(f["losses"][i] for f in figures) / updates for i in range(4))
+    trace_loss, answer_loss, marker_loss, null_loss = (
+        sum(f["losses"][i] for f in figures) / updates for i in range(4)
+    )
     think, null = mean(every("think")), mean([f["null"] for f in figures])
     return {
         "reward_mean": mean(rewards),
-        "reward_std": mean([statistics.pstdev(f["reward"]) for f in figures]),  # within a question: what advantages are made of
+        "reward_std": mean(
+            [statistics.pstdev(f["reward"]) for f in figures]
+        ),  # within a question: what advantages are made of
         "reward_min": min(rewards),
         "reward_max": max(rewards),
         "zero_std_frac": mean([not any(f["advantage"]) for f in figures]),
         "gold_logp_think": think,
         "gold_logp_null": null,
         "gain": think - null,
-        "gold_ce": -sum(every("think")) / sum(f["answer_tokens"] * len(f["think"]) for f in figures),
+        "gold_ce": -sum(every("think"))
+        / sum(f["answer_tokens"] * len(f["think"]) for f in figures),
         "null_capped": total("capped"),
         "trace_len_mean": mean(lengths),
         "trace_len_min": min(lengths),
@@ -104,7 +109,9 @@ def summary(figures: list[dict], norms: list[float]) -> dict[str, float]:
         "rep_frac": mean(every("repeats")),
         "ratio_max": max(f["ratio_max"] for f in figures),
         "clip_frac": total("clipped") / tokens,
-        "sampler_gap": max(f["gap"] for f in figures[: len(figures) // updates]),  # before the weights have moved
+        "sampler_gap": max(
+            f["gap"] for f in figures[: len(figures) // updates]
+        ),  # before the weights have moved
         "trace_loss": trace_loss,
         "answer_loss": answer_loss,
         "marker_loss": marker_loss,
@@ -142,7 +149,9 @@ class Clock:
 
 def peak_rss() -> int:
     """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 class Log:
@@ -183,10 +192,27 @@ class Log:
     def console_line(self, record: dict) -> str:
         step, steps = record["step"], self.steps
         parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-        shown = {"reward_mean": "reward {:.3f}", "gain": "gain {:+.2f}", "gold_ce": "gold_ce {:.3f}", "trace_len_mean": "trace_len {:.1f}"}
-        shown |= {"finished_frac": "finished {:.0%}", "entropy": "entropy {:.2f}", "grad_norm": "grad_norm {:.2g}"}
-        shown |= {"eval_accuracy": "| eval_accuracy {:.3f}", "eval_accuracy_null": "without thinking {:.3f}", "eval_gain": "gain {:+.2f}"}
-        parts += [shape.format(record[name]) for name, shape in shown.items() if record.get(name) is not None]
+        shown = {
+            "reward_mean": "reward {:.3f}",
+            "gain": "gain {:+.2f}",
+            "gold_ce": "gold_ce {:.3f}",
+            "trace_len_mean": "trace_len {:.1f}",
+        }
+        shown |= {
+            "finished_frac": "finished {:.0%}",
+            "entropy": "entropy {:.2f}",
+            "grad_norm": "grad_norm {:.2g}",
+        }
+        shown |= {
+            "eval_accuracy": "| eval_accuracy {:.3f}",
+            "eval_accuracy_null": "without thinking {:.3f}",
+            "eval_gain": "gain {:+.2f}",
+        }
+        parts += [
+            shape.format(record[name])
+            for name, shape in shown.items()
+            if record.get(name) is not None
+        ]
         if record.get("bad_updates"):
             parts.append(f"NOT APPLIED: {record['bad_updates']} update(s) not finite")
         if step > self.first:
@@ -194,15 +220,27 @@ class Log:
             parts.append(f"| {left / 60:.0f} min left" if left > 120 else f"| {left:.0f} s left")
         return "  ".join(parts)
 
-    def samples(self, step: int, tokenizer: Tokenizer, example: Example, traces: list[Trace], figures: dict) -> None:
+    def samples(
+        self, step: int, tokenizer: Tokenizer, example: Example, traces: list[Trace], figures: dict
+    ) -> None:
         """The traces of the step's first question, with what they earned."""
         if rank():
             return
         shown = [
-            {"trace": tokenizer.decode(trace.ids, special=True), "finished": trace.finished, "reward": reward, "advantage": advantage}
-            for trace, reward, advantage in zip(traces, figures["reward"], figures["advantage"], strict=True)
+            {
+                "trace": tokenizer.decode(trace.ids, special=True),
+                "finished": trace.finished,
+                "reward": reward,
+                "advantage": advantage,
+            }
+            for trace, reward, advantage in zip(
+                traces, figures["reward"], figures["advantage"], strict=True
+            )
         ]
-        append_line(self.out / "samples.jsonl", {"step": step, "question": example.question, "gold": example.gold, "traces": shown})
+        append_line(
+            self.out / "samples.jsonl",
+            {"step": step, "question": example.question, "gold": example.gold, "traces": shown},
+        )
 
 
 def append_line(file: Path, record: dict) -> None:
@@ -213,7 +251,11 @@ def append_line(file: Path, record: dict) -> None:
 def drop_lines_after(file: Path, step: int) -> None:
     """Forgets what an interrupted run logged beyond its last checkpoint (its last line may be half-written): it will be done again."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step and step > 0]
+    kept = [
+        line
+        for line in lines
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step and step > 0
+    ]
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_bytes(b"".join(kept))
     temporary.replace(file)

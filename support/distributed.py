@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from errors import InputError
-from model import Transformer, assign, whole
+from model import Transformer
+from support.errors import InputError
+from support.weights import assign, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -52,7 +53,9 @@ def start(device: str) -> DeviceMesh | None:
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise InputError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPU(s) of this machine")
+            raise InputError(
+                f"--nproc-per-node is more than the {torch.cuda.device_count()} GPU(s) of this machine"
+            )
         torch.cuda.set_device(local)
     dist.init_process_group(store=meeting_place(), rank=rank(), world_size=world_size())
     return dist.init_device_mesh(device, (world_size(),))
@@ -66,7 +69,9 @@ def meeting_place() -> dist.Store:
         return store  # a new one at every start
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
         # every machine counts its own restarts, so that they would not agree on a name
-        raise InputError("--max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun")
+        raise InputError(
+            "--max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun"
+        )
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
@@ -106,7 +111,10 @@ def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
         return model
     with torch.device("meta"):
         policy = Transformer(model.config)
-    policy = assign(policy, {name: whole(p.detach()).to(dtype, copy=True) for name, p in model.named_parameters()})
+    policy = assign(
+        policy,
+        {name: whole(p.detach()).to(dtype, copy=True) for name, p in model.named_parameters()},
+    )
     for low in policy.parameters():
         low.main_grad = None
         low.register_post_accumulate_grad_hook(add_to_main_grad)
@@ -134,6 +142,10 @@ def reduce_gradients(model: Transformer, policy: Transformer) -> None:
     for full, low in zip(model.parameters(), policy.parameters(), strict=True):
         grad, low.main_grad = low.main_grad, None
         if isinstance(full, DTensor):
-            grad = torch.zeros_like(low, dtype=torch.float32) if grad is None else grad  # every rank takes part in the sum
-            grad = DTensor.from_local(grad, full.device_mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)])
+            grad = (
+                torch.zeros_like(low, dtype=torch.float32) if grad is None else grad
+            )  # every rank takes part in the sum
+            grad = DTensor.from_local(
+                grad, full.device_mesh, [Partial()], run_check=False
+            ).redistribute(placements=[Shard(0)])
         full.grad = grad
