@@ -1,18 +1,22 @@
-"""From the gold answer's probabilities to what the policy learns: reward, answer weight, advantage.
+"""From the gold answer's probabilities to the reward of a trace, its answer weights and its advantage.
 
-    c_i = pi(y*_i | x, z, m, y*_<i)     probability of gold token i after the trace z         logp[k, i] = log c_i of trace k
-    n_i = the same with an empty trace  ("null think"), never differentiated                  null_logp[i]
+    c_i = pi(y*_i | x, z, m, y*_<i)   probability of gold token i after trace z   logp[k, i] = log c_i
+    n_i = the same after the empty trace ("null think"), a constant               null_logp[i]
 
-    J = E_z[ f(c) ],   grad J = E_z[ f(c) grad log pi(z|x)  +  sum_i w_i grad log c_i ],   w_i = d f / d log c_i
+The objective and its gradient (paper, section 3). A method is the choice of one function f:
 
-A published method is a choice of f. Each is one function below, under its formula; `AGGREGATORS` names them for --aggregator. The answer
-weight w comes from autograd through the same function, so a new f brings its answer gradient along:
+    J      = E_z[ f(c) ]
+    grad J = E_z[ f(c) grad log pi(z|x)  +  sum_i w_i grad log c_i ],     w_i = d f / d log c_i
 
-    def shortest_path(logp, null_logp):          # [K, T], [T] -> reward [K]
+Each published f is one function below, under its formula. `AGGREGATORS` names them for the flag
+--aggregator. The answer weight w comes from autograd through the same function, so that a new f
+needs no second formula:
+
+    def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
         return logp.exp().min(dim=1).values
-    AGGREGATORS["shortest_path"] = shortest_path
+    AGGREGATORS["hardest_token"] = hardest_token
 
-Everything is in log space and in the dtype it is given.
+All of it works on log-probs in nats, in the dtype it is given.
 """
 
 import math
@@ -20,16 +24,16 @@ import math
 import torch
 from torch import Tensor
 
-from support.errors import InputError
-
-# 1 / n_i = exp(-log n_i) is capped at exp(80) = 5.5e34: 4096 answer tokens at the cap still add up to a finite fp32 number.
+# 1 / n_i = exp(-log n_i) is capped at exp(80) = 5.5e34. The sum over 4096 answer tokens at the cap
+# is still a finite fp32 number.
 MAX_EXPONENT = 80.0
-# Rewards closer than this, or than this fraction of the largest, are equal: dividing rounding noise by its own std would hand out
-# advantages of +-2. The last fp32 bit of a log-likelihood of -300 nats is 3e-5 already.
+# Rewards whose std is below this share of the largest reward (or below this number) count as equal.
+# Dividing rounding noise by its own std would give advantages of +-2, and the last fp32 bit of a
+# log-likelihood of -300 nats is already 3e-5.
 MIN_STD = 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------- f, one per method
+# ---- f, one function per method: logp [K, T], null_logp [T] -> reward [K] ----
 def log_prob(logp: Tensor, null_logp: Tensor) -> Tensor:
     """f = sum_i log c_i.  JLB / JEPO with one sample; LaTRO."""
     return logp.sum(dim=1)
@@ -56,28 +60,34 @@ def weighted_sum_inverse_prob(logp: Tensor, null_logp: Tensor) -> Tensor:
 
 
 def weighted_sum_log_prob(logp: Tensor, null_logp: Tensor) -> Tensor:
-    """f = 1/T sum_i c_i (-log n_i).  NRT-WS(-log p), the paper's best: tokens that are easy without thinking weigh nothing."""
+    """f = 1/T sum_i c_i (-log n_i).  NRT-WS(-log p), the paper's best.
+
+    A token that is easy without thinking has weight 0.
+    """
     return (logp.exp() * -null_logp).mean(dim=1)
 
 
 def info_gain(logp: Tensor, null_logp: Tensor) -> Tensor:
-    """f = 1/T sum_i (log c_i - log n_i).  RLP: information gained over not thinking."""
+    """f = 1/T sum_i (log c_i - log n_i), the information gained over not thinking.  RLP."""
     return (logp - null_logp).mean(dim=1)
 
 
 def r3(logp: Tensor, null_logp: Tensor) -> Tensor:
-    """f = sum_i v_i log c_i,  v_i = std over the K traces of log c_i, normalised to sum 1, a constant.  DRO's R3."""
+    """f = sum_i v_i log c_i,  v_i = std of log c_i over the K traces, normalised to sum 1.  DRO's R3.
+
+    v is a constant: no gradient flows through it.
+    """
     spread = logp.detach().std(dim=0, correction=0)  # [T]
     total = spread.sum()
-    if total == 0:  # one trace, or K equal ones: no token stands out
+    if total == 0:  # one trace, or K equal ones: no token differs between traces
         return logp.mean(dim=1)
     return (logp * (spread / total)).sum(dim=1)
 
 
 def jlb_multi(logp: Tensor, null_logp: Tensor) -> Tensor:
-    """reward_k = L - L without trace k,  L = log 1/K sum_k prod_i c_{k,i}.  JEPO's K-sample bound; K = 1 is log_prob.
+    """reward_k = L - L without trace k,  L = log 1/K sum_k prod_i c_{k,i}.  JEPO's K-sample bound.
 
-    Trace k's own contribution already is its advantage: it is not centred again (train.py).
+    K = 1 is log_prob. The reward is already relative to the group and is not centred again.
     """
     traces = logp.shape[0]
     if traces == 1:
@@ -87,37 +97,37 @@ def jlb_multi(logp: Tensor, null_logp: Tensor) -> Tensor:
 
 
 def joint_bound(logp: Tensor) -> Tensor:
-    """L = log 1/K sum_k prod_i c_{k,i}, a scalar: the likelihood of the gold answer averaged over K traces, a bound on log pi(y*|x)."""
+    """L = log 1/K sum_k prod_i c_{k,i}, a scalar: a lower bound of log pi(y*|x) in expectation."""
     return logp.sum(dim=1).logsumexp(dim=0) - math.log(logp.shape[0])
 
 
 AGGREGATORS = {
-    f.__name__: f
-    for f in (
-        log_prob,
-        prob,
-        geometric_mean,
-        arithmetic_mean,
-        weighted_sum_inverse_prob,
-        weighted_sum_log_prob,
-        info_gain,
-        r3,
-        jlb_multi,
-    )
+    "log_prob": log_prob,
+    "prob": prob,
+    "geometric_mean": geometric_mean,
+    "arithmetic_mean": arithmetic_mean,
+    "weighted_sum_inverse_prob": weighted_sum_inverse_prob,
+    "weighted_sum_log_prob": weighted_sum_log_prob,
+    "info_gain": info_gain,
+    "r3": r3,
+    "jlb_multi": jlb_multi,
 }
-GROUP_AGGREGATORS = ("r3", "jlb_multi")  # their reward of one trace depends on the others
+GROUP_AGGREGATORS = ("r3", "jlb_multi")  # a trace's reward depends on the other traces
 
 
-# ---------------------------------------------------------------------------------------------------------------- reward, weight, advantage
+# ---- reward and answer weight ----
 def aggregate(name: str, logp: Tensor, null_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """Reward and exact answer weight of every trace of one question.
+    """Rewards and exact answer weights of one question's traces.
 
-    logp [K, T] and null_logp [T], nats -> reward [K], weight [K, T] = d objective / d logp, both detached. The objective is the sum of
-    the K rewards; for jlb_multi it is the bound L itself, so weight[k] = softmax over traces of sum_i logp, the same for every token.
+    logp [K, T] and null_logp [T] in nats -> reward [K], weight [K, T] = d objective / d logp, both
+    detached. The objective is the sum of the K rewards; for jlb_multi it is the bound L, so that
+    weight[k] is the softmax over traces of sum_i logp, the same for every token of a trace.
+    ValueError for an unknown name.
     """
     if name not in AGGREGATORS:
-        raise InputError(f"--aggregator {name!r} is unknown; known are {', '.join(AGGREGATORS)}")
-    logp, null_logp = logp.detach().requires_grad_(), null_logp.detach()
+        raise ValueError(f"unknown aggregator {name!r}; there are {', '.join(AGGREGATORS)}")
+    logp = logp.detach().requires_grad_()
+    null_logp = null_logp.detach()
     with torch.enable_grad():
         reward = AGGREGATORS[name](logp, null_logp)
         objective = joint_bound(logp) if name == "jlb_multi" else reward.sum()
@@ -125,33 +135,36 @@ def aggregate(name: str, logp: Tensor, null_logp: Tensor) -> tuple[Tensor, Tenso
     return reward.detach(), weight
 
 
+# ---- advantage ----
 def advantages(reward: Tensor, center: str = "mean", scale: str = "std") -> Tensor:
-    """Group-relative advantages of the K traces of one question.
+    """Group-relative advantages of one question's K traces, as in GRPO.
 
-    reward [K] -> [K], detached. center "mean", "loo" (the mean of the other K - 1) or "none"; scale "std" (unbiased) or "none". A group
-    whose rewards have std < 1e-6 max(1, max |reward|) says nothing about its traces: its advantages are exactly 0, unless center and
-    scale are both "none". InputError for K = 1 with centring or scaling, and for unknown names.
+    reward [K] -> advantage [K], detached. center: "mean", "loo" (the mean of the other K - 1) or
+    "none". scale: "std" (unbiased) or "none". Rewards with std < 1e-6 max(1, max |reward|) count as
+    equal and get exactly 0, unless center and scale are both "none". ValueError for K = 1 with
+    centring or scaling, and for unknown names.
     """
     if center not in ("mean", "loo", "none") or scale not in ("std", "none"):
-        raise InputError(
-            f"--center {center!r} --scale {scale!r}: center is mean, loo or none, scale is std or none"
+        raise ValueError(
+            f"center is mean, loo or none, scale is std or none: {center!r}, {scale!r}"
         )
     traces = reward.shape[0]
     if traces == 1 and (center, scale) != ("none", "none"):
-        raise InputError(
-            f"--center {center} --scale {scale} needs at least 2 traces a question: with --traces 1 every advantage would be 0 "
-            "(--center none --scale none takes the reward as it is)"
+        raise ValueError(
+            f"center {center} and scale {scale} need at least 2 traces: the advantage of a single "
+            "one would always be 0 (center none, scale none takes the reward as it is)"
         )
-    values = (
-        reward.detach().double()
-    )  # weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number
+    # fp64, because weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number.
+    values = reward.detach().double()
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
     std = values.std()
     if std < MIN_STD * values.abs().max().clamp(min=1.0):
         return torch.zeros_like(reward)
-    baseline = {"mean": values.mean(), "loo": (values.sum() - values) / (traces - 1), "none": 0.0}[
-        center
-    ]
-    advantage = (values - baseline) / (std if scale == "std" else 1.0)
-    return advantage.to(reward.dtype)
+    if center == "mean":
+        values = values - values.mean()
+    elif center == "loo":
+        values = values - (values.sum() - values) / (traces - 1)
+    if scale == "std":
+        values = values / std
+    return values.to(reward.dtype)

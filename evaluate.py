@@ -15,6 +15,7 @@ from data import Example, Pairs, Tokenizer
 from model import Transformer
 from reward import score
 from sample import sample_traces, trace_ids
+from support.distributed import mean_over_ranks, own_share
 from support.errors import InputError, OneLineParser, exit_on_bad_input
 from support.weights import load_model
 
@@ -49,6 +50,15 @@ def evaluate(
             totals += torch.tensor([*rights, float(gain), len(trace.ids)], dtype=torch.float64)
     names = ("eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len")
     return dict(zip(names, (totals / len(examples)).tolist(), strict=True))
+
+
+def evaluate_all(
+    policy: Transformer, tokenizer: Tokenizer, held_out: list[Example], max_trace: int
+) -> dict[str, float]:
+    """The held-out figures of evaluate.py, each rank on its share of the questions."""
+    own = own_share(held_out)
+    figures = evaluate(policy, tokenizer, own, max_trace) if own else {}
+    return mean_over_ranks(figures, len(own))
 
 
 def answers_right(

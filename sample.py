@@ -46,7 +46,22 @@ class Trace:
     cut_logp: float = 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------- sampling
+@dataclass
+class Prefill:
+    past: Prefix
+    hidden: Tensor
+
+
+def prefill(model, prompts):
+    width = max(map(len, prompts))
+    device = model.lm_head.weight.device
+    padded = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
+    past = Prefix()
+    hidden = model(padded, past)
+    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    return Prefill(past, hidden[torch.arange(len(prompts), device=device), last])
+
+
 @torch.no_grad()
 def sample_traces(
     model: Transformer,
@@ -57,7 +72,7 @@ def sample_traces(
     stop_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
     cut_ids: Sequence[int] = (),
-    slots: int = 0,
+    rows: int = 0,
     cuda_graphs: bool = False,
 ) -> list[list[Trace]]:
     """k traces of at most max_new_tokens for every prompt.
@@ -72,13 +87,14 @@ def sample_traces(
         k < 1
         or max_new_tokens < 1
         or temperature < 0
-        or slots < 0
+        or rows < 0
         or not prompts
         or not all(prompts)
     ):
         raise InputError(
             "sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1, temperature >= 0 and slots >= 0"
         )
+    slots = count_rows = rows
     weight, traces = model.lm_head.weight, len(prompts) * k
     seeds = (
         [stream_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
@@ -93,7 +109,7 @@ def sample_traces(
     ends, logits = ends.to(weight.device), make_logits(weight)
 
     places = max(map(len, prompts)) + max_new_tokens
-    rows = Slots(model.config, slots, places, traces, weight, GRAPH_PLACES if cuda_graphs else 1)
+    rows = Slots(model.config, count_rows, places, traces, weight, GRAPH_PLACES if cuda_graphs else 1)
     ids = torch.zeros(
         traces, max_new_tokens + 1, dtype=torch.long, device=weight.device
     )  # the last column is for rows that have ended

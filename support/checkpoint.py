@@ -1,14 +1,16 @@
 """A run's folder, and what survives a kill at any moment.
 
     runs/NAME/  args.json  log.jsonl  samples.jsonl
-                checkpoint-000010/   a Hugging Face directory, usable as it is: fp32 weights, tokenizer
-                    optimizer/       AdamW's moments, each rank's rows in a safetensors file (torch.distributed.checkpoint)
+                checkpoint-000010/   a Hugging Face directory: fp32 parameters, tokenizer
+                    optimizer/       AdamW's moments, each rank's rows in a safetensors file
                     progress.json    step, data position, updates applied
-                final/               the trained model, in the precision the initial one was stored in
+                final/               the trained model, in the precision the initial one has
 
-A directory is written under a temporary name, flushed and renamed, so under its own name it is whole. No random state is saved: every
-random stream is a function of (seed, step, question). Nothing here is a pickle, so a directory from somewhere else can be loaded without
-trusting it. Any number of processes can resume what any other number has saved; they need a file system they share.
+A directory is written under a temporary name, flushed to disk and renamed: under its own name it is
+complete. No random state is saved, because every random stream is a function of (seed, step,
+question). Nothing here is a pickle, so that a directory from elsewhere can be loaded without
+trusting it. Any number of ranks resumes what any other number has saved, from a file system that
+they share (torch.distributed.checkpoint).
 """
 
 import json
@@ -27,68 +29,55 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from data import Tokenizer
 from model import Transformer
-from support.distributed import from_all, rank, wait_for_all
+from support.distributed import barrier, on_first_rank, rank, whole
 from support.errors import InputError
 from support.weights import save_model, stored_dtype, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-# ---------------------------------------------------------------------------------------------------------------- the folder
+# ---- the folder ----
 def open_run(out: Path, args: dict) -> None:
-    """Makes the run's folder ready to be written to; InputError if it holds a run that neither --resume nor --overwrite was said of."""
-    holds = [
-        path
-        for pattern in ("log.jsonl", "samples.jsonl", "checkpoint-*", "final*")
-        for path in out.glob(pattern)
-    ]
-    if holds and not (args["resume"] or args["overwrite"]):
+    """Makes the run's folder ready to be written to, and prints the run's command.
+
+    InputError if it holds a run and neither --resume nor --overwrite was given.
+    """
+    patterns = ("log.jsonl", "samples.jsonl", "checkpoint-*", "final*")
+    found = [path for pattern in patterns for path in out.glob(pattern)]
+    if found and not (args["resume"] or args["overwrite"]):
         raise InputError(
-            f"--out {out} already holds a run ({holds[0].name}): take another folder, --resume it or --overwrite it"
+            f"--out {out} already holds a run ({found[0].name}): "
+            "take another folder, --resume it or --overwrite it"
         )
+    before = {}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in [
-            *(holds if args["overwrite"] else []),
-            *out.glob("*.tmp"),
-        ]:  # *.tmp: what a kill left half-written
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        before = (
-            json.loads((out / "args.json").read_text())
-            if args["resume"] and (out / "args.json").exists()
-            else {}
-        )
+        if args["overwrite"]:
+            for path in found:
+                remove(path)
+        for path in out.glob("*.tmp"):  # what a kill left half-written
+            remove(path)
+        if args["resume"] and (out / "args.json").exists():
+            before = json.loads((out / "args.json").read_text())
         write_json(out / "args.json", args)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    print(
-        " ".join(
-            [
-                "python train.py",
-                *(f"--{name.replace('_', '-')} {value!r}" for name, value in args.items()),
-            ]
-        )
-    )
+    flags = [f"--{name.replace('_', '-')} {value!r}" for name, value in args.items()]
+    print(" ".join(["python train.py", *flags]))
     for name, value in before.items():
         if name not in ("resume", "overwrite") and args.get(name, value) != value:
             print(f"note: --{name.replace('_', '-')} was {value!r} before the interruption")
 
 
-def first_rank_does(action: Callable[[], None]) -> None:
-    """Rank 0 does it for all, the others wait. Its refusal is everybody's: nobody is left waiting for a process that has gone."""
-    refusal = None
-    if rank() == 0:
-        try:
-            action()
-        except InputError as error:
-            refusal = str(error)
-    refusal = from_all(refusal)[0]
-    if refusal:
-        raise InputError(refusal)
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """All or nothing: `write(temporary)` is called on every rank, then rank 0 flushes what is there to disk and gives it its name."""
+    """All or nothing: every rank calls write(temporary), then rank 0 flushes and renames it."""
     temporary = path.with_name(path.name + ".tmp")
 
     def prepare() -> None:
@@ -104,20 +93,25 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(path)
         temporary.rename(path)
 
-    first_rank_does(prepare)
+    on_first_rank(prepare)
     if not temporary.exists():
         raise InputError(
-            f"{path.parent}: rank {rank()} does not see what rank 0 writes there: --out must be on a file system shared by all"
+            f"{path.parent}: rank {rank()} does not see what rank 0 writes there: "
+            "--out must be on a file system shared by all"
         )
     write(temporary)
-    wait_for_all()
-    first_rank_does(publish)
+    barrier()
+    on_first_rank(publish)
 
 
-# ---------------------------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints ----
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints, in the order of their steps."""
+    return sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".tmp")
+
+
 def newest_checkpoint(out: Path) -> Path | None:
-    """The complete checkpoint of the highest step: a directory has its final name only once all of it is on disk."""
-    return max((path for path in out.glob("checkpoint-*") if path.suffix != ".tmp"), default=None)
+    return max(checkpoints(out), default=None)
 
 
 def save_checkpoint(
@@ -129,91 +123,77 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> None:
-    """Writes checkpoint-STEP/ and lets the last `keep` stay."""
+    """Writes checkpoint-STEP/ and removes all but the newest `keep`."""
 
     def write(folder: Path) -> None:
-        save_model(model, folder)
-        writer = HuggingFaceStorageWriter(
-            str(folder / "optimizer"), save_distributed=True
-        )  # every rank writes its own rows
-        with alone_is_fine():
+        save_model(model, folder, whole=whole, writes=rank() == 0)
+        # save_distributed: every rank writes its own rows
+        writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
+        with no_single_process_warning():
             dcp.save(moments(model, optimizer), storage_writer=writer)
         if rank() == 0:
             tokenizer.save(folder)
-            updates = max(
-                (int(state.get("step", 0)) for state in optimizer.state.values()), default=0
-            )
-            write_json(
-                folder / "progress.json", {"step": step, "position": position, "updates": updates}
-            )
+            counts = [int(state.get("step", 0)) for state in optimizer.state.values()]
+            progress = {"step": step, "position": position, "updates": max(counts, default=0)}
+            write_json(folder / "progress.json", progress)
 
     def prune() -> None:
-        for old in sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".tmp")[
-            :-keep
-        ]:
-            shutil.rmtree(
-                old.rename(old.with_name(old.name + ".tmp"))
-            )  # never half a checkpoint under a whole one's name
+        for old in checkpoints(out)[:-keep]:
+            # renamed first: a kill must not leave half a checkpoint under a complete one's name
+            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
 
     write_directory(out / f"checkpoint-{step:06}", write)
-    first_rank_does(prune)
-
-
-def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name; zeros, as AdamW would start, where a parameter has none yet."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter] or {
-            key: torch.zeros_like(parameter.detach()) for key in MOMENTS
-        }
-        found |= {f"{name}.{key}": state[key] for key in MOMENTS}
-    return found
-
-
-@contextmanager
-def alone_is_fine() -> Iterator[None]:
-    """torch.distributed.checkpoint warns a process that works alone that it does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    on_first_rank(prune)
 
 
 def load_progress(
     checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> tuple[int, int]:
-    """Puts the optimizer's moments back -> (step, data position)."""
+    """Restores the optimizer's moments -> (step, data position)."""
     try:
         progress = json.loads((checkpoint / "progress.json").read_text())
         step, position, updates = (int(progress[name]) for name in ("step", "position", "updates"))
-        state, reader = (
-            moments(model, optimizer),
-            HuggingFaceStorageReader(str(checkpoint / "optimizer")),
-        )
-        found = (
-            reader.read_metadata().state_dict_metadata
-        )  # what is not as it should be is refused here, in a line
+        state = moments(model, optimizer)
+        reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
+        found = reader.read_metadata().state_dict_metadata
         for name, tensor in state.items():
             if name not in found or found[name].size != tensor.shape:
                 raise ValueError(f"optimizer/ holds no {name} of shape {list(tensor.shape)}")
-        with alone_is_fine():
+        with no_single_process_warning():
             dcp.load(state, storage_reader=reader)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"{checkpoint}: not a checkpoint that can be resumed: {error}") from None
     for name, parameter in model.named_parameters():
-        steps = torch.tensor(
-            float(updates), device=parameter.device
-        )  # fused AdamW wants the count where the weights are
-        optimizer.state[parameter] = {"step": steps} | {
-            key: state[f"{name}.{key}"] for key in MOMENTS
-        }
+        # fused AdamW wants the count on the device of the parameters
+        count = torch.tensor(float(updates), device=parameter.device)
+        own = {key: state[f"{name}.{key}"] for key in MOMENTS}
+        optimizer.state[parameter] = {"step": count} | own
     return step, position
 
 
+def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name; zeros, as AdamW starts, where a parameter has none yet."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        for key in MOMENTS:
+            found[f"{name}.{key}"] = state[key] if state else torch.zeros_like(parameter.detach())
+    return found
+
+
+@contextmanager
+def no_single_process_warning() -> Iterator[None]:
+    """torch.distributed.checkpoint warns a single process that it is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def save_final(out: Path, model: Transformer, tokenizer: Tokenizer, initial: str) -> None:
-    """final/: the trained model, in the precision the initial one was stored in."""
+    """Writes final/: the trained model, in the precision the initial one is stored in."""
 
     def write(folder: Path) -> None:
-        save_model(model, folder, stored_dtype(initial))
+        save_model(model, folder, stored_dtype(initial), whole=whole, writes=rank() == 0)
         if rank() == 0:
             tokenizer.save(folder)
 

@@ -1,8 +1,9 @@
-"""Refusing bad input: one line on stderr that says what is wrong, where, and what would be right; exit code 2.
+"""Refusing bad input: one line on stderr and exit code 2.
 
-Everything a user hands us (a flag, a file, a row, a tensor) is checked where it enters, and what does not hold raises InputError
-with that one line as its text. The commands wrap their main() in `exit_on_bad_input`, so a user never sees a traceback for a typo,
-while a library user and a test catch InputError like any other exception.
+The line says what is wrong, where (file, line, tensor, flag) and what would be right. Whatever a
+user gives (a flag, a file, a row, a tensor) is checked where it enters, and raises InputError with
+that line as its text. The commands wrap their main() in `exit_on_bad_input`: a user never sees a
+traceback for a typing error, while tests and library users catch InputError like any ValueError.
 """
 
 import argparse
@@ -14,39 +15,42 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """What the user handed us cannot be used. The text is one line: what, where (file, line, tensor, flag), what would be right."""
+    """The input cannot be used. The text is one line: what, where, what would be right."""
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, though its input was fine (the loss stays NaN, say). The text is one line."""
+    """The run cannot go on, though its input was fine (the loss stays NaN, say). One line."""
 
 
 def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
-    """Turns InputError into one line and exit code 2, TrainingError into one line and exit code 1; real bugs keep their traceback."""
+    """InputError becomes one line and exit code 2, TrainingError one line and exit code 1.
+
+    Any other exception is a bug and keeps its traceback.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
         except InputError as error:
-            sys.exit(_one_line(error, 2))
+            sys.exit(print_line(error, 2))
         except TrainingError as error:
-            sys.exit(_one_line(error, 1))
+            sys.exit(print_line(error, 1))
 
     return wrapped
 
 
-def _one_line(error: Exception, code: int) -> int:
+def print_line(error: Exception, code: int) -> int:
     if int(os.environ.get("LOCAL_RANK", 0)):
-        # Of torchrun's processes on a machine the first one speaks. What it says too ends this one within the pause; what only this one
-        # has met (a file missing in its view, say) is said after it.
+        # The first rank of a machine prints first, and its exit usually ends this process within
+        # the pause. What only this rank has met (a file missing in its view) is printed after it.
         time.sleep(5)
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that refuses in our one line instead of printing its usage first, and takes no abbreviated flags."""
+    """argparse that refuses in one line instead of printing its usage first; no abbreviations."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, **kwargs)

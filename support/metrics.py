@@ -1,11 +1,31 @@
-"""What a run says of itself: the figures of a step, log.jsonl, samples.jsonl, the console.
+"""Metrics and logging: the figures of a question, of a step, log.jsonl, samples.jsonl, the console.
 
-Names are stable, scripts rely on them; log-probs in nats, lengths in tokens, times in seconds, shares of 1.
-  gain              gold_logp_think - gold_logp_null: what it is all about
-  entropy           of the sampling distribution, mean per token; near 0 with dup_frac near 1 it is collapse: K equal traces
-  zero_std_frac     share of questions whose traces all earned the same, so that they taught nothing
-  rep_frac          share of 4-grams that occurred in their trace before: towards 1 for a loop
-  sampler_gap       largest |log pi_train - log pi_sampler| of a token before the weights have moved: rounding, or a bug
+The keys of log.jsonl are stable; scripts rely on them. Log-probs in nats, lengths in tokens, times
+in seconds. Means are over traces or questions of the step.
+
+    reward_mean, reward_min, reward_max     of the K traces of every question
+    reward_std        std within a question, from which advantages are made
+    zero_std_frac     share of questions whose rewards were all equal: no trace term
+    gold_logp_think   log-prob of the gold answer after a trace
+    gold_logp_null    the same after the empty trace
+    gain              gold_logp_think - gold_logp_null: how much thinking helps
+    gold_ce           cross-entropy per gold token after a trace
+    null_capped       answer tokens whose 1 / n_i was capped (aggregate.MAX_EXPONENT)
+    trace_len_mean, trace_len_min, trace_len_max
+    finished_frac     share of traces that ended with a sampled marker
+    entropy           of the sampling distribution, mean per trace token
+    dup_frac          share of traces that repeat another one of their question
+    rep_frac          share of 4-grams that occurred before in their trace
+    ratio_max         largest importance ratio pi / pi_sampler
+    clip_frac         share of trace tokens whose ratio lies outside the truncation range
+    sampler_gap       largest |log pi - log pi_sampler| before the first update: rounding, or a bug
+    trace_loss, answer_loss, marker_loss, null_loss, loss     the terms of the loss, and their sum
+    grad_norm         before clipping, mean over the step's updates
+    bad_updates       updates whose gradient was not finite; they are not applied
+    lr, skipped_long, tokens_per_s, sec_sample, sec_score, sec_update, mem_gb
+    eval_accuracy, eval_accuracy_null, eval_gain, eval_trace_len      see evaluate.py
+
+Collapse of the policy looks like this: entropy near 0, dup_frac and zero_std_frac near 1.
 """
 
 import json
@@ -22,96 +42,98 @@ from torch import Tensor
 
 from aggregate import MAX_EXPONENT
 from data import Example, Tokenizer
-from reward import Scores
+from reward import Scores, log_ratio
 from sample import Trace
 from support.distributed import rank
 
 
-def group_figures(
+# ---- figures ----
+def question_figures(
     scores: Scores,
     traces: list[Trace],
-    log_ratio: Tensor,
-    clipped: Tensor,
+    ratio_range: tuple[float, float],
     reward: Tensor,
     advantage: Tensor,
     null_logp: Tensor,
     losses: Tensor,
 ) -> dict:
-    """What one question contributes to the log; lists have one entry per trace.
+    """One question's part of the log, by the keys of log.jsonl; a list has one entry per trace.
 
-    log_ratio [K, Z] = log pi - log pi_sampler, clipped [K, Z]: whether it lies outside the range of the truncated ratio.
+    ratio_range: outside of it a token counts as clipped. reward and advantage [K]; null_logp [T] as
+    the reward used it; losses [4]: trace, answer, marker, null.
     """
-    log_ratio, clipped = log_ratio[scores.trace_mask], clipped[scores.trace_mask]
+    log_ratios = log_ratio(scores, traces)[scores.trace_mask]  # [N], the sampled tokens
+    low, high = ratio_range
+    outside = (log_ratios.exp() < low) | (log_ratios.exp() > high)
     return {
         "reward": reward.tolist(),
         "advantage": advantage.tolist(),
-        "think": scores.answer_logp.detach().sum(dim=1).tolist(),
-        "null": scores.null_logp.sum().item(),
-        "answer_tokens": scores.answer_logp.shape[1],
-        "capped": (-null_logp > MAX_EXPONENT).sum().item(),
-        "length": [len(trace.ids) for trace in traces],
+        "gold_logp_think": scores.answer_logp.detach().sum(dim=1).tolist(),
+        "gold_logp_null": scores.null_logp.sum().item(),
+        "answer_len": scores.answer_logp.shape[1],
+        "null_capped": (-null_logp > MAX_EXPONENT).sum().item(),
+        "trace_len": [len(trace.ids) for trace in traces],
         "finished": [trace.finished for trace in traces],
-        "entropy": scores.entropy.sum().item(),
+        "entropy_sum": scores.entropy.sum().item(),
         "distinct": len({tuple(trace.ids) for trace in traces}) / len(traces),
-        "repeats": [repeated_4grams(trace.ids) for trace in traces],
-        "ratio_max": log_ratio.max().exp().item() if len(log_ratio) else 1.0,
-        "clipped": clipped.sum().item(),
-        "gap": log_ratio.abs().max().item() if len(log_ratio) else 0.0,
+        "rep": [repeated_4grams(trace.ids) for trace in traces],
+        "ratio_max": log_ratios.max().exp().item() if len(log_ratios) else 1.0,
+        "clipped": outside.sum().item(),
+        "sampler_gap": log_ratios.abs().max().item() if len(log_ratios) else 0.0,
         "losses": losses.tolist(),
     }
 
 
 def repeated_4grams(ids: list[int]) -> float:
-    """Share of a trace's 4-grams that occurred in it before: 0 for fresh thought, towards 1 for a loop."""
+    """Share of a trace's 4-grams that occurred in it before; towards 1 for a loop."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def summary(figures: list[dict], norms: list[float]) -> dict[str, float]:
-    """One step's log line from its questions' figures, in the order they were trained on, and the gradient norms of its updates."""
-    updates = len(norms)
+def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
+    """One step's log line, from its questions' figures in the order they were trained on.
 
-    def every(name: str) -> list[float]:  # one entry per trace of the step
-        return [value for f in figures for value in f[name]]
+    norms: the gradient norm of each update.
+    """
+
+    def of_traces(name: str) -> list[float]:
+        return [value for question in questions for value in question[name]]
+
+    def of_questions(name: str) -> list[float]:
+        return [question[name] for question in questions]
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    def total(name: str) -> float:
-        return sum(f[name] for f in figures)
-
-    rewards, lengths = every("reward"), every("length")
-    tokens = max(1, sum(lengths))
-    trace_loss, answer_loss, marker_loss, null_loss = (
-        sum(f["losses"][i] for f in figures) / updates for i in range(4)
-    )
-    think, null = mean(every("think")), mean([f["null"] for f in figures])
+    updates = len(norms)
+    rewards, lengths = of_traces("reward"), of_traces("trace_len")
+    trace_tokens = max(1, sum(lengths))
+    think, null = mean(of_traces("gold_logp_think")), mean(of_questions("gold_logp_null"))
+    answer_tokens = sum(question["answer_len"] * len(question["reward"]) for question in questions)
+    losses = [sum(values) / updates for values in zip(*of_questions("losses"), strict=True)]
+    trace_loss, answer_loss, marker_loss, null_loss = losses
+    first_update = questions[: len(questions) // updates]
     return {
         "reward_mean": mean(rewards),
-        "reward_std": mean(
-            [statistics.pstdev(f["reward"]) for f in figures]
-        ),  # within a question: what advantages are made of
+        "reward_std": mean([statistics.pstdev(values) for values in of_questions("reward")]),
         "reward_min": min(rewards),
         "reward_max": max(rewards),
-        "zero_std_frac": mean([not any(f["advantage"]) for f in figures]),
+        "zero_std_frac": mean([not any(values) for values in of_questions("advantage")]),
         "gold_logp_think": think,
         "gold_logp_null": null,
         "gain": think - null,
-        "gold_ce": -sum(every("think"))
-        / sum(f["answer_tokens"] * len(f["think"]) for f in figures),
-        "null_capped": total("capped"),
+        "gold_ce": -sum(of_traces("gold_logp_think")) / answer_tokens,
+        "null_capped": sum(of_questions("null_capped")),
         "trace_len_mean": mean(lengths),
         "trace_len_min": min(lengths),
         "trace_len_max": max(lengths),
-        "finished_frac": mean(every("finished")),
-        "entropy": total("entropy") / tokens,
-        "dup_frac": 1 - mean([f["distinct"] for f in figures]),
-        "rep_frac": mean(every("repeats")),
-        "ratio_max": max(f["ratio_max"] for f in figures),
-        "clip_frac": total("clipped") / tokens,
-        "sampler_gap": max(
-            f["gap"] for f in figures[: len(figures) // updates]
-        ),  # before the weights have moved
+        "finished_frac": mean(of_traces("finished")),
+        "entropy": sum(of_questions("entropy_sum")) / trace_tokens,
+        "dup_frac": 1 - mean(of_questions("distinct")),
+        "rep_frac": mean(of_traces("rep")),
+        "ratio_max": max(of_questions("ratio_max")),
+        "clip_frac": sum(of_questions("clipped")) / trace_tokens,
+        "sampler_gap": max(question["sampler_gap"] for question in first_update),
         "trace_loss": trace_loss,
         "answer_loss": answer_loss,
         "marker_loss": marker_loss,
@@ -123,59 +145,84 @@ def summary(figures: list[dict], norms: list[float]) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds a step spends in each part."""
+    """Seconds that a step spends in its parts."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("sample", "score", "update"), 0.0)
+        self.seconds = {"sample": 0.0, "score": 0.0, "update": 0.0}
         self.last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Books the time since the last lap on `part`."""
+        """Adds the time since the last lap to `part`."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[part] += now - self.last
         self.last = now
 
-    def figures(self, tokens: int) -> dict[str, float]:
-        """tokens_per_s: trace tokens (of all ranks) sampled, scored and trained on, per second of the step."""
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-        return (
-            {"tokens_per_s": tokens / sum(self.seconds.values())}
-            | {f"sec_{part}": seconds for part, seconds in self.seconds.items()}
-            | {"mem_gb": peak / 1e9}
-        )
+    def figures(self, questions: list[dict]) -> dict[str, float]:
+        """tokens_per_s: trace tokens of all ranks, sampled, scored and trained on, per second."""
+        trace_tokens = sum(sum(question["trace_len"]) for question in questions)
+        figures = {"tokens_per_s": trace_tokens / sum(self.seconds.values())}
+        for part, seconds in self.seconds.items():
+            figures[f"sec_{part}"] = seconds
+        figures["mem_gb"] = peak_memory() / 1e9
+        return figures
 
 
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+def peak_memory() -> int:
+    """Bytes at the process's highest point so far: of the GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- the log ----
+CONSOLE = {
+    "reward_mean": "reward {:.3f}",
+    "gain": "gain {:+.2f}",
+    "gold_ce": "gold_ce {:.3f}",
+    "trace_len_mean": "trace_len {:.1f}",
+    "finished_frac": "finished {:.0%}",
+    "entropy": "entropy {:.2f}",
+    "grad_norm": "grad_norm {:.2g}",
+    "eval_accuracy": "| eval_accuracy {:.3f}",
+    "eval_accuracy_null": "without thinking {:.3f}",
+    "eval_gain": "gain {:+.2f}",
+}
 
 
 class Log:
-    """log.jsonl (a line per step), samples.jsonl (traces one can read), the console, and tensorboard where it is installed.
+    """log.jsonl, samples.jsonl, the console, and tensorboard where it is installed.
 
-    Of several processes the first one speaks for all.
+    Only the first rank writes and prints.
     """
 
     def __init__(self, out: Path, steps: int, last_step: int) -> None:
-        self.out, self.steps, self.began, self.first = out, steps, time.perf_counter(), last_step
+        """last_step: the step of the checkpoint that the run continues from; 0 for a new run."""
+        self.out = out
+        self.steps = steps
+        self.last_step = last_step
+        self.began = time.perf_counter()
+        self.tensorboard = None
         if rank():
             return
         for name in ("log.jsonl", "samples.jsonl"):
             drop_lines_after(out / name, last_step)
-        self.tensorboard = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
+            folder = str(out / "tensorboard")
+            self.tensorboard = SummaryWriter(folder, purge_step=last_step + 1)
+
+    def print(self, text: str) -> None:
+        if not rank():
+            print(text, flush=True)
 
     def write(self, record: dict) -> None:
         if rank():
             return
-        # JSON knows no NaN: a figure that is not finite is null
+        # JSON has no NaN: a figure that is not finite becomes null.
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
         append_line(self.out / "log.jsonl", record)
         if self.tensorboard:
@@ -185,62 +232,38 @@ class Log:
             self.tensorboard.flush()
         print(self.console_line(record), flush=True)
 
-    def say(self, text: str) -> None:
-        if not rank():
-            print(text, flush=True)
-
     def console_line(self, record: dict) -> str:
-        step, steps = record["step"], self.steps
-        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-        shown = {
-            "reward_mean": "reward {:.3f}",
-            "gain": "gain {:+.2f}",
-            "gold_ce": "gold_ce {:.3f}",
-            "trace_len_mean": "trace_len {:.1f}",
-        }
-        shown |= {
-            "finished_frac": "finished {:.0%}",
-            "entropy": "entropy {:.2f}",
-            "grad_norm": "grad_norm {:.2g}",
-        }
-        shown |= {
-            "eval_accuracy": "| eval_accuracy {:.3f}",
-            "eval_accuracy_null": "without thinking {:.3f}",
-            "eval_gain": "gain {:+.2f}",
-        }
-        parts += [
-            shape.format(record[name])
-            for name, shape in shown.items()
-            if record.get(name) is not None
-        ]
+        step = record["step"]
+        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}"]
+        for name, text in CONSOLE.items():
+            if record.get(name) is not None:
+                parts.append(text.format(record[name]))
         if record.get("bad_updates"):
             parts.append(f"NOT APPLIED: {record['bad_updates']} update(s) not finite")
-        if step > self.first:
-            left = (time.perf_counter() - self.began) / (step - self.first) * (steps - step)
+        if step > self.last_step:
+            per_step = (time.perf_counter() - self.began) / (step - self.last_step)
+            left = per_step * (self.steps - step)
             parts.append(f"| {left / 60:.0f} min left" if left > 120 else f"| {left:.0f} s left")
         return "  ".join(parts)
 
     def samples(
         self, step: int, tokenizer: Tokenizer, example: Example, traces: list[Trace], figures: dict
     ) -> None:
-        """The traces of the step's first question, with what they earned."""
+        """One question's traces as text, with their rewards and advantages."""
         if rank():
             return
-        shown = [
-            {
-                "trace": tokenizer.decode(trace.ids, special=True),
-                "finished": trace.finished,
-                "reward": reward,
-                "advantage": advantage,
-            }
-            for trace, reward, advantage in zip(
-                traces, figures["reward"], figures["advantage"], strict=True
+        shown = []
+        for i, trace in enumerate(traces):
+            shown.append(
+                {
+                    "trace": tokenizer.decode(trace.ids, special=True),
+                    "finished": trace.finished,
+                    "reward": figures["reward"][i],
+                    "advantage": figures["advantage"][i],
+                }
             )
-        ]
-        append_line(
-            self.out / "samples.jsonl",
-            {"step": step, "question": example.question, "gold": example.gold, "traces": shown},
-        )
+        line = {"step": step, "question": example.question, "gold": example.gold, "traces": shown}
+        append_line(self.out / "samples.jsonl", line)
 
 
 def append_line(file: Path, record: dict) -> None:
@@ -249,13 +272,15 @@ def append_line(file: Path, record: dict) -> None:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Forgets what an interrupted run logged beyond its last checkpoint (its last line may be half-written): it will be done again."""
+    """Removes what an interrupted run logged after its last checkpoint: it will be done again.
+
+    The last line may be half-written.
+    """
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = [
-        line
-        for line in lines
-        if line.endswith(b"\n") and json.loads(line)["step"] <= step and step > 0
-    ]
+    kept = []
+    for line in lines:
+        if step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_bytes(b"".join(kept))
     temporary.replace(file)

@@ -173,6 +173,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def empty_model(config):
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def read_tensors(path, model, dtype, device, rows=None):
+    state = dict(load_model(path, dtype, device).named_parameters())
+    return {
+        n: (p.detach()[rows(p.shape[0])].clone() if rows else p.detach()) for n, p in state.items()
+    }
+
+
 def assign(model: Transformer, state: dict[str, Tensor]) -> Transformer:
     """Gives a model built on the meta device its tensors, uncopied."""
     model.load_state_dict(state, strict=False, assign=True)
@@ -216,13 +228,15 @@ def save_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    whole=lambda t: t,
+    writes=True,
 ) -> None:
     """Writes config.json and safetensors (sharded with an index above `max_shard_bytes`) that any Hugging Face reader opens as they are.
 
     dtype: None keeps each tensor's own. A tied head is not written twice. Of a model that is split over ranks, every rank must call and
     the first one writes, a file at a time: no more than one file's tensors are whole in its memory.
     """
-    path, writes = Path(path), not dist.is_initialized() or dist.get_rank() == 0
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     parameters = {
         file_name(name): parameter.detach() for name, parameter in model.named_parameters()

@@ -1,0 +1,220 @@
+"""The flags of train.py: each default with its reason, and the checks of what cannot work.
+
+The defaults are the embedded task on a CPU; the paper's values stand in the reasons.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from aggregate import AGGREGATORS, GROUP_AGGREGATORS
+from model import KEEP
+from support.distributed import world_size
+from support.errors import InputError, OneLineParser
+
+
+def arg(default: object, reason: str, choices: Sequence[str] | None = None) -> object:
+    return field(default=default, metadata={"help": reason, "choices": choices})
+
+
+@dataclass
+class Args:
+    """Every flag of train.py."""
+
+    # model and data
+    model: str = arg("examples/hops/base", "Hugging Face directory to start from")
+    data: str = arg("examples/hops/train.jsonl", "question-answer pairs, JSONL")
+    eval_data: str = arg(
+        "examples/hops/test.jsonl",
+        "held-out pairs; '' = no evaluation (also when only --data is given)",
+    )
+    marker: str | None = arg(
+        None,
+        "token between trace and answer; default: the model directory's, else <|response_start|>",
+    )
+    prompt_format: str | None = arg(
+        None,
+        "prompt with {question} in it, \\n = newline; default: the model directory's, else Tulu's",
+    )
+    max_prompt: int = arg(4096, "tokens; longer prompts are skipped and counted")
+    max_answer: int = arg(
+        2047, "tokens; longer answers are skipped and counted (paper: trace + answer <= 4096)"
+    )
+
+    # method
+    steps: int = arg(30, "batches of questions; the embedded task takes about 10 (paper: 810)")
+    questions: int = arg(16, "questions per step (paper: 256)")
+    traces: int = arg(
+        8,
+        "K, traces per question, as in the paper; 0 = plain SFT: the answer's cross-entropy "
+        "after the empty trace",
+    )
+    aggregator: str = arg(
+        "weighted_sum_log_prob",
+        "f, the reward of a trace; the default is the paper's best",
+        list(AGGREGATORS),
+    )
+    answer_weight: str = arg(
+        "fixed",
+        "omega: fixed = 1, the paper's main runs; exact = df/dlog c, the gradient of J",
+        ["fixed", "exact"],
+    )
+    null: str = arg(
+        "policy",
+        "parameters of the null think behind null_logp: the current or the initial ones",
+        ["policy", "frozen"],
+    )
+    null_loss: float = arg(
+        0.0, "weight of a cross-entropy on the null think; > 0 keeps null_logp from drifting"
+    )
+    clip_null: bool = arg(False, "reward = max(f - f of the null think, 0)")
+    center: str = arg(
+        "mean",
+        "baseline of the advantage: group mean, leave-one-out mean, none",
+        ["mean", "loo", "none"],
+    )
+    scale: str = arg(
+        "std",
+        "divide advantages by the group's std (GRPO), or not (an unbiased gradient)",
+        ["std", "none"],
+    )
+    marker_weight: float = arg(
+        0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
+    )
+    max_trace: int = arg(48, "tokens of a trace before the marker is forced (paper: 2048)")
+    temperature: float = arg(
+        1.0, "of sampling; at 1 traces are drawn from the policy that is trained"
+    )
+    updates: int = arg(
+        1,
+        "optimizer updates per step, each on its share of the questions (paper: 4); "
+        "above 1 the importance ratio is truncated",
+    )
+
+    # optimisation
+    lr: float = arg(5e-4, "peak learning rate, for a 0.8M model (paper: 2e-6 for 3B to 8B)")
+    warmup: float = arg(0.1, "share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = arg(0.01, "AdamW, the paper's value; so are the next three")
+    beta2: float = arg(0.95, "AdamW; beta1 is 0.9")
+    eps: float = arg(
+        1e-15, "AdamW; gradients divided by 512 are small, the usual 1e-8 would damp them"
+    )
+    grad_clip: float = arg(1.0, "largest gradient norm of an update")
+    seed: int = arg(0, "of every random stream; same seed, same run")
+
+    # memory and device
+    dtype: str = arg(
+        "float32",
+        "of the computation; parameters, gradient sums and optimizer stay fp32",
+        ["float32", "bfloat16"],
+    )
+    device: str = arg("auto", "auto = cuda if there is one, else cpu")
+    micro_traces: int = arg(
+        0, "traces per backward, 0 = all; fewer = less memory, one more forward, same gradient"
+    )
+    activation_checkpointing: str = arg(
+        "none",
+        "recompute in the backward pass: nothing, all but matrix products, or everything",
+        list(KEEP),
+    )
+    decode_rows: int = arg(
+        0,
+        "traces sampled at a time, 0 = as many as half of the free memory holds; "
+        "no trace depends on it",
+    )
+
+    # run
+    out: str = arg(
+        "runs/hops",
+        "folder of this run: args.json, log.jsonl, samples.jsonl, checkpoint-*/, final/",
+    )
+    resume: bool = arg(
+        False, "continue from the newest checkpoint in --out, bit-identically on a CPU, if any"
+    )
+    overwrite: bool = arg(False, "replace the run in --out")
+    eval_every: int = arg(
+        5, "steps between evaluations; also before the first and after the last step"
+    )
+    eval_questions: int = arg(200, "held-out questions, from the top of the file")
+    save_every: int = arg(10, "steps between checkpoints; also after the last step")
+    keep: int = arg(2, "checkpoints kept")
+
+
+def parse_args(argv: Sequence[str], description: str) -> Args:
+    """Args from the command line. InputError for what cannot work."""
+    parser = OneLineParser(description=description)
+    for f in fields(Args):
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        text += f" (default: {f.default})"
+        parser.add_argument(
+            flag,
+            type=f.type if isinstance(f.type, type) else str,
+            default=f.default,
+            choices=f.metadata["choices"],
+            help=text.replace("%", "%%"),
+        )
+    args = Args(**vars(parser.parse_args(argv)))
+    if args.data != Args.data and args.eval_data == Args.eval_data:
+        args.eval_data = ""  # the embedded test set says nothing about other data
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.prompt_format:
+        args.prompt_format = args.prompt_format.replace("\\n", "\n")
+    check_args(args)
+    return args
+
+
+AT_LEAST = {
+    0: "traces micro_traces decode_rows seed lr warmup weight_decay beta2 eps null_loss "
+    "marker_weight",
+    1: "steps questions updates max_trace max_prompt max_answer eval_every eval_questions "
+    "save_every keep",
+}
+
+
+def check_args(args: Args) -> None:
+    """InputError naming the flag that cannot work, before anything is read or written."""
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            require(getattr(args, name) >= least, args, [name], f"should be at least {least}")
+    for name in ("temperature", "grad_clip"):
+        require(getattr(args, name) > 0, args, [name], "should be above 0")
+    require(args.beta2 < 1, args, ["beta2"], "should be below 1")
+    require(args.warmup <= 1, args, ["warmup"], "should be at most 1")
+    ranks = f" on each of {world_size()} processes" if world_size() > 1 else ""
+    require(
+        args.questions % (args.updates * world_size()) == 0,
+        args,
+        ["questions", "updates"],
+        f"the questions do not divide into equal shares, one per update{ranks}",
+    )
+    if args.traces == 1:
+        centred = args.center != "none" and args.aggregator != "jlb_multi"
+        text = "every advantage would be 0; take --traces 2 or more, or --center none"
+        require(not centred, args, ["traces", "center"], text)
+        text = "one reward has no std; take --scale none"
+        require(args.scale == "none", args, ["traces", "scale"], text)
+    if args.traces == 0:
+        text = "plain SFT on the empty trace: --null, --null-loss, --clip-null mean nothing there"
+        unused = args.null_loss > 0 or args.clip_null or args.null == "frozen"
+        require(not unused, args, ["traces"], text)
+    if args.clip_null:
+        text = "the null think has no reward outside the group"
+        by_itself = args.aggregator not in GROUP_AGGREGATORS
+        require(by_itself, args, ["clip_null", "aggregator"], text)
+    text = "they contradict each other"
+    require(not (args.resume and args.overwrite), args, ["resume", "overwrite"], text)
+    here = args.device == "cpu" or torch.cuda.is_available()
+    require(here, args, ["device"], "no such device here; cpu is")
+
+
+def require(condition: bool, args: Args, names: list[str], text: str) -> None:
+    """InputError unless the condition holds: the flags as they were given, then the text."""
+    if not condition:
+        flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
+        raise InputError(" ".join(flags).replace(" True", "") + f": {text}")
