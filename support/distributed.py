@@ -18,6 +18,7 @@ functions: its fp32 parameters keep what an update of 2e-6 changes, which bf16 w
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -178,13 +179,8 @@ def load_sharded(path: str | Path, device: str, mesh: DeviceMesh | None) -> Tran
     if mesh is None:
         return load_model(path, device=device)
 
-    def own_rows(rows: int) -> slice:  # as torch.chunk splits: the last ranks perhaps hold less
-        size = -(-rows // mesh.size())
-        first = min(rows, size * mesh.get_local_rank())
-        return slice(first, min(rows, first + size))
-
     model = empty_model(read_config(path))
-    state = read_tensors(path, model, torch.float32, device, own_rows)
+    state = read_tensors(path, model, torch.float32, device, partial(own_rows, mesh))
     for name, parameter in model.named_parameters():
         state[name] = DTensor.from_local(
             state[name],
@@ -195,6 +191,13 @@ def load_sharded(path: str | Path, device: str, mesh: DeviceMesh | None) -> Tran
             stride=parameter.stride(),
         )
     return assign(model, state)
+
+
+def own_rows(mesh: DeviceMesh, rows: int) -> slice:
+    """This rank's rows of a tensor, as torch.chunk splits: the last ranks may hold fewer or none."""
+    size = -(-rows // mesh.size())
+    first = min(rows, size * mesh.get_local_rank())
+    return slice(first, min(rows, first + size))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,17 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-import model as model_module
-from support.distributed import compute_copy, own_share
-from support.errors import InputError
-from support.weights import load_model, own_rows
-from train import parse_args
+import support.weights as weights_module
+from support import distributed
+from support.args import parse_args
+from support.distributed import (
+    equal_parts,
+    gathered_view,
+    in_batch_order,
+    own_questions,
+    own_rows,
+)
+from support.weights import empty_model, load_model, read_config, read_tensors
 
 ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
@@ -159,7 +166,7 @@ def test_every_row_belongs_to_one_rank_where_torch_expects_it(rows, ranks):
 
     tensor = torch.arange(rows)
     chunks = [chunk.tolist() for chunk in tensor.chunk(ranks)]
-    ours = [tensor[own_rows(rows, Mesh(rank))].tolist() for rank in range(ranks)]
+    ours = [tensor[own_rows(Mesh(rank), rows)].tolist() for rank in range(ranks)]
     assert ours == chunks + [[]] * (ranks - len(chunks))
 
 
@@ -270,9 +277,22 @@ def test_restarts_of_several_nodes_are_refused_where_they_would_wait_for_process
 def test_questions_that_do_not_divide_among_the_processes_are_refused_by_name(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"--questions 6 .* --updates 2 .* 2 processes"):
-        parse_args(["--questions", "6", "--updates", "2"])
-    assert [own_share(8)] == [slice(0, 4)]
+    with pytest.raises(ValueError, match=r"--questions 6 .* --updates 2 .* 2 processes"):
+        parse_args(["--questions", "6", "--updates", "2"], "")
+
+
+@pytest.mark.parametrize(("ranks", "updates"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 2)])
+def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, updates, monkeypatch):
+    batch = list(range(24))
+    own = []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        own.append(own_questions(batch, updates))
+        for first, part in enumerate(equal_parts(own[-1], updates)):  # each update trains its own
+            assert set(part) <= set(equal_parts(batch, updates)[first])
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: own)
+    assert in_batch_order(own[0], updates) == batch
 
 
 def test_several_processes_refuse_with_one_line_between_them(alone):
@@ -288,8 +308,8 @@ def test_several_processes_refuse_with_one_line_between_them(alone):
 # ---------------------------------------------------------------------------------------------------------------- the copy
 def test_one_process_in_fp32_computes_with_the_weights_themselves_and_in_bf16_with_a_copy():
     model = load_model(ROOT / "examples/hops/base")
-    assert compute_copy(model, torch.float32) is model
-    copy = compute_copy(model, torch.bfloat16)
+    assert gathered_view(model, torch.float32) is model
+    copy = gathered_view(model, torch.bfloat16)
     assert copy.lm_head.weight is copy.embed_tokens.weight  # still tied
     for full, low in itertools.zip_longest(model.parameters(), copy.parameters()):
         assert torch.equal(full.bfloat16(), low) and full.dtype == torch.float32
@@ -317,11 +337,11 @@ def test_a_rank_reads_its_own_rows_of_the_file_and_no_others(ranks, monkeypatch)
 
     base = ROOT / "examples/hops/base"
     expected = dict(load_model(base).named_parameters())
-    monkeypatch.setattr(model_module, "safe_open", OnlySlices)
-    monkeypatch.setattr(model_module, "as_rows", lambda own, like, mesh: own)
-    monkeypatch.setattr(model_module, "assign", lambda model, state: state)
-    parts = [load_model(base, mesh=Mesh(rank)) for rank in range(ranks)]
-    assert all(
-        torch.equal(torch.cat([part[name] for part in parts]), expected[name]) for name in expected
-    )
-    assert all(len(part[name]) < len(expected[name]) for part in parts for name in expected)
+    monkeypatch.setattr(weights_module, "safe_open", OnlySlices)
+    model, parts = empty_model(read_config(base)), []
+    for rank in range(ranks):
+        rows = partial(own_rows, Mesh(rank))
+        parts.append(read_tensors(base, model, torch.float32, "cpu", rows))
+    for name, tensor in expected.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+        assert all(len(part[name]) < len(tensor) for part in parts)

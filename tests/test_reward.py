@@ -9,8 +9,8 @@ from torch import Tensor
 
 import reward
 from model import Config, Transformer
-from reward import Scores, micro_batches, read_prompt, score
-from sample import Trace
+from reward import Scores, micro_batches, prompt_backward, prompt_leaves, prompt_tensors, score
+from sample import Trace, prefill
 
 EXACT = 1e-12  # relative to the largest element; the rounding of float64 adds up to 1e-14 here
 VOCAB, MARKER = 23, 5
@@ -329,21 +329,21 @@ def test_backward_by_micro_batches_with_the_prompt_last_equals_one_backward(kind
     model, f = tiny(kind), functional()
     expected = gradients(model, f(score(model, PROMPT, TRACES, ANSWER, MARKER)))
     model.zero_grad()
-    prompt = read_prompt(model, PROMPT)
-    leaves = prompt.leaves()
+    prompt = prefill(model, [PROMPT])
+    leaves = prompt_leaves(prompt)
     for batch in micro_batches([len(body_and_actions(trace)[0]) for trace in TRACES], size):
         f(
             score(model, leaves, [TRACES[i] for i in batch], ANSWER, MARKER, null=False), batch
         ).backward()
     (f.null * score(model, leaves, [], ANSWER, MARKER).null_logp).sum().backward()
-    prompt.backward(leaves)
+    prompt_backward(prompt, leaves)
     assert_same_gradients(collected(model), expected)
 
 
 def test_leaves_hold_the_prompts_values_and_keep_its_graph_out_of_a_branch():
     model = tiny("plain")
-    prompt = read_prompt(model, PROMPT)
-    leaves = prompt.leaves()
+    prompt = prefill(model, [PROMPT])
+    leaves = prompt_leaves(prompt)
     assert_same_scores(
         score(model, leaves, TRACES, ANSWER, MARKER), score(model, PROMPT, TRACES, ANSWER, MARKER)
     )
@@ -357,14 +357,14 @@ def test_leaves_hold_the_prompts_values_and_keep_its_graph_out_of_a_branch():
     }
     only_in_prompt = sorted(set(PROMPT) - fed_to_branches)
     assert only_in_prompt and not grad[only_in_prompt].any()
-    assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves.tensors())
-    prompt.backward(leaves)
+    assert all(leaf.grad is not None and leaf.grad.any() for leaf in prompt_tensors(leaves))
+    prompt_backward(prompt, leaves)
     assert all(row.any() for row in model.embed_tokens.weight.grad[only_in_prompt])
 
 
 def test_a_prompt_already_read_can_be_scored_any_number_of_times():
     model = tiny()
-    prompt, expected = read_prompt(model, PROMPT), score(model, PROMPT, TRACES, ANSWER, MARKER)
+    prompt, expected = prefill(model, [PROMPT]), score(model, PROMPT, TRACES, ANSWER, MARKER)
     score(model, prompt, [LONG], ANSWER, MARKER)
     assert_same_scores(score(model, prompt, TRACES, ANSWER, MARKER), expected)
 

@@ -21,21 +21,23 @@ import train as train_module
 from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
 from data import Example, Tokenizer
 from model import KEEP, Config, Transformer
-from reward import score
-from sample import Trace, sample_traces
-from support.distributed import compute_copy, reduce_gradients
-from support.errors import InputError, TrainingError
-from support.metrics import Clock
+from reward import FrozenNull, Scores, log_ratio, score
+from sample import Trace, prefill, sample_traces
+from support import distributed
+from support.args import Args, parse_args
+from support.distributed import gathered_view, reduce_gradients
+from support.errors import TrainingError
+from support.metrics import question_figures
 from support.weights import load_model
 from train import (
     LENGTH_SCALE,
-    Args,
-    judge,
-    parse_args,
-    sampler_logp,
-    token_weights,
+    RATIO_RANGE,
+    backward_in_micro_batches,
+    group_advantages,
+    loss_terms,
+    rewards,
+    score_group,
     train,
-    train_group,
     truncated_ratio,
 )
 
@@ -83,13 +85,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def terms_of(
-    scores, traces: list[Trace], advantage: torch.Tensor, weight: torch.Tensor, args: Args
-) -> torch.Tensor:
-    log_ratio = scores.trace_logp.detach() - sampler_logp(traces, scores.trace_logp)
-    return train_module.loss_terms(
-        scores, token_weights(scores, log_ratio, advantage, weight, args)
-    )
+def credit(scores: Scores, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> reward [K], advantage [K], answer weight omega [K, T]"""
+    reward, omega = rewards(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+    return reward, group_advantages(reward, args), omega
 
 
 # ---------------------------------------------------------------------------------------------------------------- the estimator
@@ -165,9 +164,9 @@ def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
 
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
-    reward, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+    reward, advantage, weight = credit(scores, args)
     # the loss is linear in advantage and weight: scaling each trace's by its probability sums what K = 1 would do, trace by trace
-    terms_of(
+    loss_terms(
         scores, traces, advantage * probability, weight * probability[:, None], args
     ).sum().backward()
     assert torch.equal(reward, advantage)  # center none, scale none
@@ -182,11 +181,7 @@ def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
 
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     probability = scores.trace_logp.detach().sum(dim=1).exp()
-    reward, _, weight = judge(
-        scores.answer_logp.detach(),
-        scores.null_logp.detach(),
-        replace(args, center="none", traces=1),
-    )
+    reward, _, weight = credit(scores, replace(args, center="none", traces=1))
     advantage, answer_weight = torch.zeros_like(reward), torch.zeros_like(weight)
     for i, j in itertools.product(range(len(traces)), repeat=2):
         both = probability[i] * probability[j]
@@ -194,7 +189,7 @@ def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
         for trace, own in zip((i, j), pair, strict=True):
             advantage[trace] += own
             answer_weight[trace] += weight[trace] * both
-    terms_of(scores, traces, advantage, answer_weight, args).sum().backward()
+    loss_terms(scores, traces, advantage, answer_weight, args).sum().backward()
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
 
@@ -206,8 +201,23 @@ def sampled_group(model: Transformer, k: int = 8, seed: int = 0) -> list[Trace]:
     return sample_traces(model, [PROMPT], k, 6, stop_ids=[MARKER], seed=seed, cut_ids=[EOS])[0]
 
 
+def train_group(model: Transformer, traces: list[Trace], args: Args, null_logp=None) -> dict:
+    """What the loop of train.py does with one question -> its figures."""
+    prompt = prefill(model, [PROMPT])
+    scores = score_group(model, prompt, EXAMPLE, traces, MARKER, args)
+    null_logp = scores.null_logp.detach() if null_logp is None else null_logp
+    reward, omega = rewards(scores.answer_logp.detach(), null_logp, args)
+    advantage = group_advantages(reward, args)
+    losses = loss_terms(scores, traces, advantage, omega, args)
+    if losses.requires_grad:
+        losses.sum().backward()
+    else:
+        backward_in_micro_batches(model, prompt, EXAMPLE, traces, MARKER, advantage, omega, args)
+    return question_figures(scores, traces, RATIO_RANGE, reward, advantage, null_logp, losses)
+
+
 def group_gradient(model: Transformer, traces: list[Trace], args: Args) -> torch.Tensor:
-    train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
+    train_group(model, traces, args)
     return gradient(model)
 
 
@@ -249,7 +259,7 @@ def test_the_gradient_does_not_depend_on_padding():
         torch.tensor([1.0, -2.0], dtype=torch.float64),
         torch.ones(2, 3, dtype=torch.float64),
     )
-    terms_of(
+    loss_terms(
         score(model, PROMPT, traces, ANSWER, MARKER),
         traces,
         advantage,
@@ -260,7 +270,7 @@ def test_the_gradient_does_not_depend_on_padding():
     zero = torch.zeros(1, dtype=torch.float64)
     scores = score(model, PROMPT, [*traces, long], ANSWER, MARKER)
     more = torch.cat([advantage, zero]), torch.cat([weight, zero.expand(1, 3)])
-    terms_of(scores, [*traces, long], *more, replace(args, marker_weight=0.0)).sum().backward()
+    loss_terms(scores, [*traces, long], *more, replace(args, marker_weight=0.0)).sum().backward()
     assert relative(gradient(model), short) < 1e-6
 
 
@@ -268,13 +278,13 @@ def test_the_gradient_does_not_depend_on_the_number_of_questions_per_backward():
     model, args = tiny_model(), Args(questions=2, traces=4)
     groups = [sampled_group(model, 4, seed) for seed in (1, 2)]
     for traces in groups:
-        train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
+        train_group(model, traces, args)
     one_by_one = gradient(model)
     loss = torch.zeros((), dtype=torch.float64)
     for traces in groups:
         scores = score(model, PROMPT, traces, ANSWER, MARKER)
-        _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
-        loss = loss + terms_of(scores, traces, advantage, weight, args).sum()
+        _, advantage, weight = credit(scores, args)
+        loss = loss + loss_terms(scores, traces, advantage, weight, args).sum()
     loss.backward()
     assert relative(gradient(model), one_by_one) < 1e-6
 
@@ -291,7 +301,7 @@ def test_the_loss_is_the_formula_of_the_docstring():
         torch.rand(2, 3, dtype=torch.float64),
     )
     with torch.no_grad():
-        terms = terms_of(
+        terms = loss_terms(
             score(model, PROMPT, traces, ANSWER, MARKER), traces, advantage, weight, args
         )
         trace_term = (
@@ -317,7 +327,7 @@ def test_a_sampled_marker_gets_the_advantage_and_a_forced_one_never_does():
         (Trace([1], [0.0], False), [1]),
         (Trace([], [], False, EOS), [EOS]),
     ):
-        terms = terms_of(
+        terms = loss_terms(
             score(model, PROMPT, [trace], ANSWER, MARKER), [trace], advantage, weight, args
         )
         assert torch.allclose(
@@ -336,8 +346,8 @@ def test_the_ratio_is_truncated_and_a_token_that_has_left_the_range_gets_no_grad
         finished=False,
     )
     scores = score(model, PROMPT, [trace, trace], ANSWER, MARKER)
-    log_ratio = scores.trace_logp.detach() - sampler_logp([trace, trace], scores.trace_logp)
-    rho = truncated_ratio(log_ratio, torch.tensor([1.0, -1.0], dtype=torch.float64))
+    ratio = log_ratio(scores, [trace, trace])
+    rho = truncated_ratio(ratio, torch.tensor([1.0, -1.0], dtype=torch.float64))
     expected = [[1.0, 1.2, 0.9, 0.0, 0.8, 1.27], [1.0, 1.2, 0.9, 1.28, 0.0, 1.27]]
     assert torch.allclose(rho, torch.tensor(expected, dtype=torch.float64), atol=1e-9)
     assert not rho.requires_grad
@@ -359,17 +369,17 @@ def test_the_logged_loss_is_that_of_all_traces(micro):
         sampled_group(model),
         Args(questions=1, traces=8, micro_traces=micro, null_loss=0.2),
     )
-    figures = train_group(model, EXAMPLE, traces, None, MARKER, args, Clock())
+    figures = train_group(model, traces, args)
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
-    _, advantage, weight = judge(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+    _, advantage, weight = credit(scores, args)
     assert figures["losses"] == pytest.approx(
-        terms_of(scores, traces, advantage, weight, args).tolist(), rel=1e-5
+        loss_terms(scores, traces, advantage, weight, args).tolist(), rel=1e-5
     )
 
 
 def test_sft_is_the_cross_entropy_of_answer_and_marker_without_a_trace():
     model, args = tiny_model(), Args(questions=1, traces=0)
-    train_group(model, EXAMPLE, [Trace([], [], finished=False)], None, MARKER, args, Clock())
+    train_group(model, [Trace([], [], finished=False)], args)
     got = gradient(model)
     loss = (
         plain_logp(model, [*PROMPT, MARKER], ANSWER).sum()
@@ -389,7 +399,8 @@ def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answe
         scale="none",
         answer_weight="exact",
     )
-    reward, advantage, weight = judge(logp, null_logp, args)
+    reward, weight = rewards(logp, null_logp, args)
+    advantage = group_advantages(reward, args)
     assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0])) and torch.equal(
         reward, advantage
     )
@@ -513,17 +524,15 @@ def test_every_aggregator_trains(tmp_path):
 
 def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt():
     initial, trained = tiny_model(0), tiny_model(1)
-    frozen = train_module.FrozenNull(initial, "float64", MARKER)
+    frozen = FrozenNull(initial, MARKER)
     expected = plain_logp(tiny_model(0), [*PROMPT, MARKER], ANSWER)
     assert torch.allclose(frozen(EXAMPLE), expected, rtol=1e-10)
     args = Args(
         questions=1, traces=8, null="frozen", aggregator="info_gain", center="none", scale="none"
     )
-    figures = train_group(
-        trained, EXAMPLE, sampled_group(trained), frozen(EXAMPLE), MARKER, args, Clock()
-    )
+    figures = train_group(trained, sampled_group(trained), args, frozen(EXAMPLE))
     assert figures["reward"] == pytest.approx(
-        [(think - expected.sum().item()) / 3 for think in figures["think"]]
+        [(think - expected.sum().item()) / 3 for think in figures["gold_logp_think"]]
     )
 
 
@@ -535,7 +544,9 @@ def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_kn
     (tmp_path / "model/nrt.json").unlink()
     before = load_model(tmp_path / "model")
     tokenizer = Tokenizer(tmp_path / "model", marker)
-    after = train_module.initial_model(Args(model=str(tmp_path / "model"), device="cpu"), tokenizer)
+    after = train_module.initial_model(
+        Args(model=str(tmp_path / "model"), device="cpu"), tokenizer, mesh=None
+    )
     assert (
         after.config.vocab_size
         == len(after.lm_head.weight)
@@ -605,7 +616,7 @@ def test_activation_checkpointing_changes_memory_and_no_gradient():
 
 def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
     model = tiny_model(dtype=torch.float32)
-    twin = compute_copy(model, torch.bfloat16)
+    twin = gathered_view(model, torch.bfloat16)
     for _ in range(300):  # 300 gradients of 1 on one weight: bf16 would stop counting at 256
         (twin.norm.weight.sum()).backward()
     reduce_gradients(model, twin)
@@ -622,7 +633,7 @@ def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
         "sample_traces",
         lambda *given, **named: seen.append(inspect.signature(sample_traces).bind(*given, **named)),
     )
-    args = Args(traces=3, max_trace=7, temperature=0.9, slots=5, cuda_graphs=True)
+    args = Args(traces=3, max_trace=7, temperature=0.9, decode_rows=5)
     tokenizer = Tokenizer(args.model)
     train_module.sample_groups(tiny_model(), tokenizer, [EXAMPLE], 1, args)
     reached = seen[0].arguments
@@ -630,15 +641,15 @@ def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
         "k": 3,
         "max_new_tokens": 7,
         "temperature": 0.9,
-        "slots": 5,
-        "cuda_graphs": True,
+        "rows": 5,
     }.items() <= reached.items()
     assert (reached["stop_ids"], reached["cut_ids"]) == ([tokenizer.marker_id], tokenizer.cut_ids)
 
 
 def test_every_flag_is_used():
     """A flag that does nothing is a lie."""
-    source = (ROOT / "train.py").read_text()
+    files = ("train.py", "support/checkpoint.py")
+    source = "".join((ROOT / file).read_text() for file in files)
     unused = [f.name for f in fields(Args) if f"args.{f.name}" not in source]
     assert not unused
 
@@ -699,8 +710,8 @@ def test_a_run_that_any_machine_has_restarted_is_resumed_by_all(plain_run, tmp_p
     """Machines count restarts for themselves: this process says it has just begun, another says otherwise."""
     shutil.copytree(plain_run, tmp_path / "run")
     monkeypatch.setattr(
-        train_module,
-        "from_all",
+        distributed,
+        "gather_objects",
         lambda value: [value, True] if isinstance(value, bool) else [value],
     )
     resumed = run(
@@ -751,7 +762,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_th
 def refusal(capsys, *argv: str) -> str:
     """What `train.py ARGV` prints when it refuses: checks that it is one line, exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        train_module.exit_on_bad_input(lambda: train(parse_args(argv)))()
+        train_module.exit_on_bad_input(lambda: train(parse_args(argv, "")))()
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -779,7 +790,6 @@ def refusal(capsys, *argv: str) -> str:
         (["--marker", "<end>"], "<end>"),
         (["--prompt-format", "no place"], "{question}"),
         (["--max-prompt", "3"], "--max-prompt"),
-        (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs"),
         (["--activation-checkpointing", "some"], "--activation-checkpointing"),
     ],
 )
@@ -850,7 +860,7 @@ def test_the_command_itself_exits_with_code_2_and_one_line(tmp_path):
 
 
 def test_k_1_with_centring_is_refused_by_the_function_too():
-    with pytest.raises(InputError, match="traces"):
+    with pytest.raises(ValueError, match="traces"):
         advantages(torch.tensor([1.0]), center="mean")
 
 
@@ -874,5 +884,5 @@ def test_the_launch_scripts_say_only_what_train_py_understands(script, tmp_path,
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(ranks), "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert (
-        parse_args(flags).dtype == "bfloat16"
+        parse_args(flags, "").dtype == "bfloat16"
     )  # and no InputError: known flags, shares that divide
