@@ -1,7 +1,7 @@
-"""From the gold answer's probabilities to the reward of a trace, its answer weights and its advantage.
+"""The reward of a trace from the gold answer's probabilities, its answer weights, its advantage.
 
-    c_i = pi(y*_i | x, z, m, y*_<i)   probability of gold token i after trace z   logp[k, i] = log c_i
-    n_i = the same after the empty trace ("null think"), a constant               null_logp[i]
+    c_i = pi(y*_i | x, z, m, y*_<i)   probability of gold token i after trace z    logp[k, i]
+    n_i = the same after the empty trace ("null think"), a constant                null_logp[i]
 
 The objective and its gradient (paper, section 3). A method is the choice of one function f:
 
@@ -73,9 +73,9 @@ def info_gain(logp: Tensor, null_logp: Tensor) -> Tensor:
 
 
 def r3(logp: Tensor, null_logp: Tensor) -> Tensor:
-    """f = sum_i v_i log c_i,  v_i = std of log c_i over the K traces, normalised to sum 1.  DRO's R3.
+    """f = sum_i v_i log c_i.  DRO's R3.
 
-    v is a constant: no gradient flows through it.
+    v_i = std of log c_i over the K traces, normalised to sum 1; no gradient flows through it.
     """
     spread = logp.detach().std(dim=0, correction=0)  # [T]
     total = spread.sum()

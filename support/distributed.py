@@ -194,7 +194,7 @@ def load_sharded(path: str | Path, device: str, mesh: DeviceMesh | None) -> Tran
 
 
 def own_rows(mesh: DeviceMesh, rows: int) -> slice:
-    """This rank's rows of a tensor, as torch.chunk splits: the last ranks may hold fewer or none."""
+    """This rank's rows of a tensor, as torch.chunk splits: the last ranks may hold fewer."""
     size = -(-rows // mesh.size())
     first = min(rows, size * mesh.get_local_rank())
     return slice(first, min(rows, first + size))

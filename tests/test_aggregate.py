@@ -1,4 +1,4 @@
-"""f, its answer weight and the advantages, against formulas written out in probability space with Python floats."""
+"""f, its answer weight and the advantages, against formulas in probability space, Python floats."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from aggregate import AGGREGATORS, MAX_EXPONENT, MIN_STD, advantages, aggregate
 from support.errors import InputError
 
 DTYPES = [torch.float32, torch.float64]
-# The rewards that are logarithms have an absolute error (c = 1 makes them 0), the others a relative one.
+# Rewards that are logarithms have an absolute error (c = 1 makes them 0), the others a relative one.
 LOGARITHMIC = {"log_prob", "info_gain", "r3", "jlb_multi"}
 
 ORDINARY = [[0.9, 0.2, 0.5, 0.03], [0.4, 0.6, 0.99, 0.1], [0.7, 0.05, 0.3, 0.8]]
@@ -35,7 +35,7 @@ CASES = {  # name: (probabilities c [K][T], null probabilities [T])
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- the references
+# ---- the references ----
 def joint(c: list[list[float]]) -> float:
     return math.log(statistics.fmean(math.prod(row) for row in c))
 
@@ -88,13 +88,13 @@ def expected_weight(name: str, c: list[list[float]], null: list[float]) -> list[
 
 
 def given(case: str, dtype: torch.dtype) -> tuple:
-    """logp [K, T] and null_logp [T] in dtype, and the probabilities those rounded numbers stand for."""
+    """logp [K, T] and null_logp [T] in dtype, and the probabilities of those rounded numbers."""
     c, null = (torch.tensor(p, dtype=torch.float64).log().to(dtype) for p in CASES[case])
     return c, null, c.double().exp().tolist(), null.double().exp().tolist()
 
 
 def rounding(logp: torch.Tensor, null_logp: torch.Tensor) -> float:
-    """Relative error of exp(x) for x rounded to dtype: eps |x|, over the largest sum of logs there is."""
+    """Relative error of exp(x) for x rounded to dtype: eps |x|, for the largest sum of logs."""
     return (
         4
         * torch.finfo(logp.dtype).eps
@@ -102,7 +102,7 @@ def rounding(logp: torch.Tensor, null_logp: torch.Tensor) -> float:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- reward and weight
+# ---- reward and weight ----
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -202,7 +202,7 @@ def test_jlb_multi_of_one_trace_is_log_prob():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_over_null_is_capped_at_the_documented_exponent(dtype):
-    """At the cap 4096 answer tokens that are certain still have finite rewards and weights, and just below it nothing is changed."""
+    """At the cap 4096 certain answer tokens have finite rewards; just below it nothing changes."""
     logp = torch.zeros(2, 4096, dtype=dtype)
     reward, weight = aggregate(
         "weighted_sum_inverse_prob", logp, torch.full((4096,), -1000.0, dtype=dtype)
@@ -230,7 +230,7 @@ def test_an_unknown_aggregator_is_refused_in_one_line_that_names_the_known():
     assert "\n" not in text and "'geometric'" in text and all(name in text for name in AGGREGATORS)
 
 
-# ---------------------------------------------------------------------------------------------------------------- advantages
+# ---- advantages ----
 REWARDS = [0.3, -1.2, 0.8, 2.5, 0.31]
 BY_HAND = {
     ("mean", "std"): lambda r, k: (r[k] - statistics.fmean(r)) / statistics.stdev(r),
@@ -277,7 +277,7 @@ def test_the_leave_one_out_baseline_does_not_know_the_traces_own_reward():
 
 
 def test_leave_one_out_keeps_the_policy_gradient_and_the_mean_halves_it_for_two_traces():
-    """A policy over three traces: the sum over all pairs, weighted by their probability, of the REINFORCE estimate."""
+    """A policy over three traces: the REINFORCE estimate summed over all pairs by probability."""
     p, reward = (
         torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
         torch.tensor([1.0, -0.4, 2.2], dtype=torch.float64),
@@ -304,7 +304,7 @@ def test_leave_one_out_keeps_the_policy_gradient_and_the_mean_halves_it_for_two_
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0.0, 0.1, 1.0, -300.0, -7e3, 1e30])
 def test_rewards_equal_up_to_rounding_get_exactly_no_advantage(size, dtype, center, scale):
-    """Without a floor the odd one out of eight gets +-2.5 and two against six +-1.6, whatever the last bit says."""
+    """Without a floor, one that differs in the last bit from seven others would get +-2.5."""
     reward = torch.full((8,), size, dtype=dtype)
     assert advantages(reward, center, scale).tolist() == [0.0] * 8
     reward[2] = torch.nextafter(reward[2], torch.tensor(math.inf, dtype=dtype))
@@ -335,7 +335,7 @@ def test_one_trace_cannot_be_centred(center):
 
 
 def test_one_trace_cannot_be_scaled_by_its_own_std():
-    """Its std is 0, so that every advantage would be 0 and the trace would silently never be trained."""
+    """Its std is 0: every advantage would be 0, and the trace would never be trained."""
     with pytest.raises(InputError) as refusal:
         advantages(torch.tensor([0.5]), "none", "std")
     assert (

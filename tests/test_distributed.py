@@ -1,4 +1,4 @@
-"""More processes change nothing but speed: the same questions, traces, losses and weights, killed and resumed or not."""
+"""More processes change only the speed: same questions, traces, losses, weights, after kills too."""
 
 import itertools
 import json
@@ -38,7 +38,8 @@ BRIEF = [
     "--eval-every=3",
     "--save-every=1",
 ]
-# eps: with 1e-15 AdamW moves a weight by lr whatever its gradient, also where that is nothing but the rounding of a sum in another order
+# eps: with 1e-15 AdamW moves a weight by lr however small its gradient is, also where the gradient
+# is only the rounding of a sum in another order.
 BRIEF += ["--device=cpu", "--eps=1e-8"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -59,7 +60,7 @@ def start(
 
 
 def output_of(process: subprocess.Popen) -> str:
-    """All it prints until it ends. One that does not end is a failure, and its processes go with it."""
+    """All it prints until it ends. A process that hangs fails the test and is killed."""
     try:
         return process.communicate(timeout=240)[0]
     except subprocess.TimeoutExpired:
@@ -83,7 +84,7 @@ def read_log(out: Path) -> list[dict]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Logs and weights within 1e-5 of each other (of 1, or of the value), traces token for token."""
+    """Logs and weights within 1e-5 of each other (absolute or relative), equal traces."""
     ours, theirs = read_log(a), read_log(b)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
@@ -113,15 +114,16 @@ def alone(tmp_path_factory) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------- one is two
+# ---- one is two ----
 @pytest.mark.parametrize(
     ("count", "flags"),
     [
         (2, []),
         (2, ["--micro-traces=2", "--updates=2", "--activation-checkpointing=selective"]),
         (2, ["--traces=0"]),
-        # 3 divides neither rows nor vocabulary, which grows by the marker. After an untrained marker all rewards are nearly equal: dividing
-        # by their std, and a high learning rate, would magnify the rounding of sums in another order
+        # 3 divides neither rows nor vocabulary, which grows by the marker. After an untrained marker
+        # all rewards are nearly equal: dividing by their std, and a high learning rate, would
+        # magnify the rounding of sums in another order.
         (3, ["--questions=6", "--marker=<|think|>", "--null=frozen", "--scale=none", "--lr=1e-4"]),
     ],
     ids=str,
@@ -170,7 +172,7 @@ def test_every_row_belongs_to_one_rank_where_torch_expects_it(rows, ranks):
     assert ours == chunks + [[]] * (ranks - len(chunks))
 
 
-# ---------------------------------------------------------------------------------------------------------------- interruption
+# ---- interruption ----
 def workers(agent: int) -> list[int]:
     """The processes torchrun has started, its children."""
     found = []
@@ -187,7 +189,7 @@ def workers(agent: int) -> list[int]:
 def kill_at_random(
     out: Path, rng: random.Random, everything: bool, *flags: str, torchrun: list[str]
 ) -> subprocess.Popen:
-    """Starts a run, and SIGKILLs one rank, or the agent and all ranks, some time after its first logged step."""
+    """Starts a run and SIGKILLs one rank, or the agent and all ranks, after its first step."""
     process = start(out, *flags, torchrun=torchrun)
     for line in process.stdout:
         if line.startswith("step") and not line.startswith("step 0"):
@@ -261,7 +263,7 @@ def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(a
     assert_same_run(tmp_path / "killed", alone)
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ---- refusals ----
 def test_restarts_of_several_nodes_are_refused_where_they_would_wait_for_processes_that_are_gone(
     tmp_path,
 ):
@@ -305,7 +307,7 @@ def test_several_processes_refuse_with_one_line_between_them(alone):
     assert 'train.py", line' not in output
 
 
-# ---------------------------------------------------------------------------------------------------------------- the copy
+# ---- the copy ----
 def test_one_process_in_fp32_computes_with_the_weights_themselves_and_in_bf16_with_a_copy():
     model = load_model(ROOT / "examples/hops/base")
     assert gathered_view(model, torch.float32) is model

@@ -1,4 +1,4 @@
-"""Scores with the prompt read once, against one full row per trace through the plain model and a full log-softmax, in float64."""
+"""Scores from one prefill, against one full row per trace and a full log-softmax, in float64."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,12 +17,14 @@ VOCAB, MARKER = 23, 5
 PROMPT = [10, 9, 9, 1, 17, 2, 11]
 ANSWER = [7, 12, 4, 22]
 EOS = 21  # a cut token: ends a trace without being context for the answer
-# Finished by the sampled marker, cut by length, finished at once, cut at once, a longer one, one cut by a token, one pair of equals.
+# Finished by the marker, cut by length, finished at once, cut at once, a longer one, one cut by a
+# token, one pair of equals.
 # Token 0 pads the branches: no trace holds it, so that any gradient of its embedding is a fault.
 CUT = Trace([6, 18, 3], [0.0] * 3, finished=False, cut_id=EOS)
 TRACES = [[8, 2, 14, MARKER], [6, 6], [MARKER], [], [20, 13, 1, 1, 8, 19, MARKER], CUT, [6, 6]]
 LONG = [(7 * i) % 22 + 1 for i in range(60)]
-MODELS = {  # three layers where the window is short: a token's influence travels further than the window
+# Three layers where the window is short: a token's influence reaches further than the window.
+MODELS = {
     "plain": dict(num_attention_heads=4, num_key_value_heads=4),
     "grouped-query, tied": dict(
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
@@ -47,7 +49,7 @@ def tiny(kind: str = "grouped-query, tied", dtype: torch.dtype = torch.float64) 
     return model.to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the reference
+# ---- the reference ----
 def body_and_actions(trace: list[int] | Trace) -> tuple[list[int], list[int]]:
     """What stands before the marker, and what was sampled."""
     if isinstance(trace, Trace):
@@ -63,7 +65,7 @@ def full_logits(model: Transformer, row: list[int]) -> Tensor:
 def repeated(
     model: Transformer, traces: list, temperature: float = 1.0, prompt=PROMPT, answer=ANSWER
 ) -> Scores:
-    """What Scores says, from K + 1 full rows of prompt + trace + marker + answer, token by token."""
+    """Scores from K + 1 full rows of prompt + trace + marker + answer, token by token."""
     split = [body_and_actions(trace) for trace in traces]
     k, width = len(traces), max(1, *(len(actions) for _, actions in split))
     trace_logp = [[torch.zeros((), dtype=torch.float64)] * width for _ in range(k)]
@@ -95,7 +97,7 @@ def repeated(
 
 @dataclass
 class Functional:
-    """A random linear functional of all differentiable fields; a trace's weights belong to the trace, not to its row."""
+    """A random linear functional of all differentiable fields, with weights per trace, not row."""
 
     trace: Tensor  # [K, 64], also beyond the trace, where there is nothing to differentiate
     marker: Tensor  # [K]
@@ -164,11 +166,11 @@ def assert_same_scores(got: Scores, expected: Scores, rows: list[int] | None = N
         assert not got.entropy[rows, width:].any()
 
 
-# ---------------------------------------------------------------------------------------------------------------- once = repeated
+# ---- once = repeated ----
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", MODELS)
 def test_prompt_once_equals_prompt_repeated(kind, temperature):
-    """Values, and the gradient of a random functional of all of them with respect to every parameter."""
+    """Values, and the gradient of a random functional of them in every parameter."""
     model, f = tiny(kind), functional()
     once = score(model, PROMPT, TRACES, ANSWER, MARKER, temperature=temperature, entropy=True)
     full = repeated(model, TRACES, temperature)
@@ -177,7 +179,7 @@ def test_prompt_once_equals_prompt_repeated(kind, temperature):
 
 
 def test_a_branch_sees_as_much_of_the_prompt_as_the_window_lets_it():
-    """One layer, window 4: the marker at position 7 sees positions 4 to 7, so that only the prompt's last three tokens can matter."""
+    """One layer, window 4: the marker at position 7 sees only the prompt's last three tokens."""
     model = tiny("sliding window")
     model.layers = model.layers[:1]
     first_token = score(model, PROMPT, [], ANSWER, MARKER).null_logp[0]
@@ -241,7 +243,7 @@ def test_plain_sft_is_one_empty_unfinished_trace():
     assert_same_gradients(gradients(model, f(scores)), gradients(model, f(full)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the marker
+# ---- the marker ----
 def test_a_forced_marker_is_scored_like_a_sampled_one_but_is_no_token_of_the_trace():
     model = tiny()
     scores = score(model, PROMPT, [[8, 2, MARKER], [8, 2]], ANSWER, MARKER, entropy=True)
@@ -258,7 +260,7 @@ def test_a_forced_marker_is_scored_like_a_sampled_one_but_is_no_token_of_the_tra
 
 
 def test_a_forced_marker_gets_no_gradient_through_the_trace():
-    """The advantage multiplies trace_logp: a forced marker must not be trained by it, a sampled one must."""
+    """The advantage multiplies trace_logp: it trains a sampled marker and never a forced one."""
     model = tiny("plain")
     for trace, trained in ([], False), ([MARKER], True):
         grad = gradients(model, score(model, PROMPT, [trace], ANSWER, MARKER).trace_logp.sum())[
@@ -268,7 +270,7 @@ def test_a_forced_marker_gets_no_gradient_through_the_trace():
 
 
 def test_a_cut_token_is_an_action_but_no_context():
-    """Ended by eos: the answer is scored as if the trace had been cut there by length, and only the trace's own log-probs count eos."""
+    """Ended by eos: the answer is scored as after a cut by length; only trace_logp counts eos."""
     model = tiny()
     scores = score(model, PROMPT, [CUT, CUT.ids], ANSWER, MARKER, entropy=True)
     assert scores.trace_mask.tolist() == [
@@ -293,7 +295,7 @@ def test_traces_are_read_from_trace_objects_and_from_lists_alike():
     assert [trace.ids for trace in objects] == traces  # and they are left as they were
 
 
-# ---------------------------------------------------------------------------------------------------------------- invariances
+# ---- invariances ----
 def test_neither_values_nor_gradients_depend_on_padding():
     """A very long trace beside them pads the others to its length."""
     model, f = tiny(), functional()
@@ -325,7 +327,7 @@ def test_neither_values_nor_gradients_depend_on_micro_traces(kind, size):
 @pytest.mark.parametrize("size", [1, 2, 4, len(TRACES)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_backward_by_micro_batches_with_the_prompt_last_equals_one_backward(kind, size):
-    """The schedule for K branches that do not fit: the prompt's keys and values as leaves, a backward per micro-batch, then the prompt."""
+    """The prompt's KV cache as leaves, a backward per micro-batch, then the prompt's own."""
     model, f = tiny(kind), functional()
     expected = gradients(model, f(score(model, PROMPT, TRACES, ANSWER, MARKER)))
     model.zero_grad()
@@ -436,7 +438,7 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
     assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in distinct)
 
 
-# ---------------------------------------------------------------------------------------------------------------- temperature, entropy
+# ---- temperature, entropy ----
 def test_temperature_is_the_sampling_distributions_and_leaves_the_answer_alone():
     model = tiny()
     cold, warm = (score(model, PROMPT, TRACES, ANSWER, MARKER, temperature=t) for t in (0.7, 1.0))
@@ -451,7 +453,7 @@ def test_temperature_is_the_sampling_distributions_and_leaves_the_answer_alone()
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_entropy_is_that_of_the_sampling_distribution_and_no_nll(temperature):
-    """Two different tokens drawn from one distribution have one entropy, though their log-probs differ."""
+    """Two tokens drawn from one distribution have one entropy, though their log-probs differ."""
     model = tiny()
     scores = score(model, PROMPT, [[8], [2]], ANSWER, MARKER, temperature=temperature, entropy=True)
     p = (full_logits(model, PROMPT)[-1] / temperature).softmax(-1)
@@ -466,7 +468,7 @@ def test_entropy_is_detached_and_only_made_when_asked_for():
     assert score(tiny(), PROMPT, TRACES, ANSWER, MARKER).entropy is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- modes and dtypes
+# ---- modes and dtypes ----
 @pytest.mark.parametrize("size", [0, 2])
 def test_the_forward_that_scores_is_the_forward_that_trains(size):
     model = tiny()
@@ -493,7 +495,7 @@ def test_the_forward_that_scores_is_the_forward_that_trains(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_log_probs_are_fp32_from_the_hidden_state_on(dtype, monkeypatch):
     """Against a float64 head on the very hidden states: bf16 logits would be off by 1e-2."""
-    heads = []  # what the head was asked for: log-probs and entropies of the policy rows, then of the answer rows
+    heads = []  # expected log-probs and entropies: of the policy rows, then of the answer rows
     linear_logprob = reward.linear_logprob
 
     def recorded(hidden, weight, target, *arguments):
@@ -537,7 +539,7 @@ def test_a_group_scored_by_an_fp32_or_bf16_model_has_fp32_log_probs(dtype):
 
 
 def test_equal_traces_get_equal_scores_to_the_bit_and_their_gradients_add_up():
-    """However they fall into micro-batches: two roundings of one number would pass for a difference between traces."""
+    """In any micro-batches: two roundings of one number would pass for a difference."""
     model = tiny(dtype=torch.bfloat16)
     traces = [TRACES[0], LONG, TRACES[0], TRACES[1], TRACES[0]]
     with torch.no_grad():

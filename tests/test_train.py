@@ -1,4 +1,4 @@
-"""The training loop's properties: the estimator is right, nothing depends on batching, runs resume, bad updates are not applied."""
+"""The training loop: the estimator is right, batching changes nothing, runs resume, NaN is refused."""
 
 import inspect
 import itertools
@@ -91,9 +91,9 @@ def credit(scores: Scores, args: Args) -> tuple[torch.Tensor, torch.Tensor, torc
     return reward, group_advantages(reward, args), omega
 
 
-# ---------------------------------------------------------------------------------------------------------------- the estimator
+# ---- the estimator ----
 def every_trace(limit: int = 3) -> list[Trace]:
-    """All that sampling can return within `limit` tokens: ended by the marker, ended by eos (a cut token), or cut at the limit."""
+    """All that sampling can return: ended by the marker, by eos (a cut token), or at the limit."""
     traces = []
     for length in range(limit):
         for words in itertools.product(WORDS, repeat=length):
@@ -107,7 +107,7 @@ def every_trace(limit: int = 3) -> list[Trace]:
 
 
 def plain_logp(model: Transformer, context: list[int], tokens: list[int]) -> torch.Tensor:
-    """log-probs of `tokens` after `context`: one full row, full logits, log_softmax; nothing of reward.py."""
+    """Log-probs of `tokens` after `context` from one full row and log_softmax, without reward.py."""
     hidden = model(torch.tensor([context + tokens]))[0]
     logp = (hidden @ model.lm_head.weight.T).log_softmax(-1)
     at = torch.arange(len(context) - 1, len(context) + len(tokens) - 1)
@@ -131,7 +131,7 @@ def exact_objective(model: Transformer, name: str) -> torch.Tensor:
 
 
 def estimator_args(name: str, **changes) -> Args:
-    """One question, K = 1; marker_weight 0, as the cross-entropy on a forced marker is no part of J."""
+    """One question, K = 1; marker_weight 0: the cross-entropy on a forced marker is not in J."""
     args = Args(
         aggregator=name,
         questions=1,
@@ -165,7 +165,8 @@ def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
     reward, advantage, weight = credit(scores, args)
-    # the loss is linear in advantage and weight: scaling each trace's by its probability sums what K = 1 would do, trace by trace
+    # The loss is linear in advantage and weight. Scaling those of each trace by its probability
+    # sums what K = 1 would do over all traces.
     loss_terms(
         scores, traces, advantage * probability, weight * probability[:, None], args
     ).sum().backward()
@@ -193,7 +194,7 @@ def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------- one group
+# ---- one group ----
 EXAMPLE = Example(index=0, prompt=PROMPT, answer=ANSWER, question="", gold="")
 
 
@@ -252,7 +253,7 @@ def test_the_gradient_does_not_depend_on_the_order_of_the_traces():
 
 
 def test_the_gradient_does_not_depend_on_padding():
-    """A trace far longer than the others, with advantage and weight 0, makes every row longer and changes nothing else."""
+    """A far longer trace with advantage and weight 0 pads every row and changes nothing else."""
     model, args = tiny_model(), Args(questions=1, traces=2)
     traces, long = sampled_group(model, 2), Trace([0] * 40, [0.0] * 40, finished=False)
     advantage, weight = (
@@ -290,7 +291,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_questions_per_backward():
 
 
 def test_the_loss_is_the_formula_of_the_docstring():
-    """Token sums over K and one constant: neither the padded length nor the number of tokens divides anything."""
+    """Sums over tokens are divided by K and one constant, not by a length or number of tokens."""
     model, args = tiny_model(), Args(questions=3, traces=2, marker_weight=0.3)
     traces = [
         Trace([0, 1, MARKER], [0.0] * 3, finished=True),
@@ -407,11 +408,13 @@ def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answe
     assert torch.allclose(weight, torch.tensor([[math.exp(-1) / 2] * 2, [0.0] * 2]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- whole runs
+# ---- whole runs ----
 WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
-KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think gold_logp_null gain gold_ce trace_len_mean
-trace_len_min trace_len_max finished_frac entropy dup_frac rep_frac ratio_max clip_frac sampler_gap trace_loss answer_loss marker_loss
-grad_norm lr tokens_per_s sec_sample sec_score sec_update mem_gb""".split()  # the stable names: dashboards and scripts rely on them
+# The stable names: dashboards and scripts rely on them.
+KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think
+gold_logp_null gain gold_ce trace_len_mean trace_len_min trace_len_max finished_frac entropy
+dup_frac rep_frac ratio_max clip_frac sampler_gap trace_loss answer_loss marker_loss grad_norm lr
+tokens_per_s sec_sample sec_score sec_update mem_gb""".split()
 
 
 def run(out: Path, **changes) -> list[dict]:
@@ -654,7 +657,7 @@ def test_every_flag_is_used():
     assert not unused
 
 
-# ---------------------------------------------------------------------------------------------------------------- interruption
+# ---- interruption ----
 def start(out: Path, *flags: str) -> subprocess.Popen:
     brief = [
         text
@@ -707,7 +710,7 @@ def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupte
 
 
 def test_a_run_that_any_machine_has_restarted_is_resumed_by_all(plain_run, tmp_path, monkeypatch):
-    """Machines count restarts for themselves: this process says it has just begun, another says otherwise."""
+    """Machines count restarts apart: this process has just begun, another was restarted."""
     shutil.copytree(plain_run, tmp_path / "run")
     monkeypatch.setattr(
         distributed,
@@ -735,7 +738,7 @@ def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_inclu
     assert not list(out.glob("*.tmp"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- NaN
+# ---- NaN ----
 def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_the_run(
     tmp_path, monkeypatch
 ):
@@ -758,7 +761,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_th
     assert all(p.isfinite().all() for p in weights(tmp_path / "run/checkpoint-000005").values())
 
 
-# ---------------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input ----
 def refusal(capsys, *argv: str) -> str:
     """What `train.py ARGV` prints when it refuses: checks that it is one line, exit code 2."""
     with pytest.raises(SystemExit) as stop:
