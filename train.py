@@ -43,7 +43,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import DeviceMesh
 
 from aggregate import advantages, aggregate
 from data import Example, Pairs, Tokenizer, next_examples, stream_seed
@@ -70,6 +69,7 @@ from support.checkpoint import (
 )
 from support.errors import TrainingError, exit_on_bad_input
 from support.metrics import Clock, Log, question_figures, step_figures
+from support.weights import load_model
 
 LENGTH_SCALE = 512  # tokens; divides every sum over tokens, so that no length weighs more
 RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; wider above, unlikely tokens may grow (DAPO)
@@ -78,9 +78,10 @@ SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing 
 
 
 # ---- before the loop ----
-def initial_model(args: Args, tokenizer: Tokenizer, mesh: DeviceMesh | None) -> Transformer:
+def initial_model(args: Args, tokenizer: Tokenizer, sharded: bool = True) -> Transformer:
     """The fp32 parameters the run starts from. A new marker starts as a copy of eos."""
-    model = distributed.load_sharded(args.model, args.device, mesh)
+    load = distributed.load_sharded if sharded else load_model
+    model = load(args.model, device=args.device)
     if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
         distributed.copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
     return model
@@ -272,7 +273,7 @@ def update(
 # ---- the loop ----
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
-    mesh = distributed.start(args.device)
+    distributed.start(args.device)
     if distributed.any_restarted():  # torchrun --max-restarts: continue the same run
         args.resume, args.overwrite = True, False
     out = Path(args.out)
@@ -286,15 +287,15 @@ def train(args: Args) -> None:
     # model: fp32, sharded over the ranks, updated by AdamW. policy: whole, in --dtype; it samples,
     # scores and collects gradients. In a single fp32 process both are the same object.
     if checkpoint:
-        model = distributed.load_sharded(checkpoint, args.device, mesh)
+        model = distributed.load_sharded(checkpoint, args.device)
     else:
-        model = initial_model(args, tokenizer, mesh)
+        model = initial_model(args, tokenizer)
     dtype = getattr(torch, args.dtype)
     policy = distributed.gathered_view(model, dtype)
     policy.activation_checkpointing = args.activation_checkpointing
     frozen_null = None
     if args.null == "frozen":
-        initial = initial_model(args, tokenizer, mesh=None)
+        initial = initial_model(args, tokenizer, sharded=False)
         frozen_null = FrozenNull(initial.to(dtype), marker)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if args.device == "cpu" and parameters < SMALL_MODEL:

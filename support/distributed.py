@@ -49,10 +49,10 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def start(device: str) -> DeviceMesh | None:
-    """Joins the process group -> the mesh of all ranks; None for a process started alone."""
+def start(device: str) -> None:
+    """Joins the process group of all ranks; nothing to do for a process started alone."""
     if not launched():
-        return None
+        return
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -60,7 +60,6 @@ def start(device: str) -> DeviceMesh | None:
             raise InputError(f"--nproc-per-node is more than the {count} GPU(s) of this machine")
         torch.cuda.set_device(local)
     dist.init_process_group(store=rendezvous_store(), rank=rank(), world_size=world_size())
-    return dist.init_device_mesh(device, (world_size(),))
 
 
 def rendezvous_store() -> dist.Store:
@@ -171,14 +170,14 @@ def mean_over_ranks(figures: dict[str, float], count: int) -> dict[str, float]:
 
 
 # ---- sharded parameters ----
-def load_sharded(path: str | Path, device: str, mesh: DeviceMesh | None) -> Transformer:
-    """The fp32 model in directory `path`, its tensors split by rows over the mesh.
+def load_sharded(path: str | Path, device: str) -> Transformer:
+    """The fp32 model in directory `path`, its tensors split by rows over the ranks.
 
-    Each rank reads its own rows and no others. No mesh: a plain model.
+    Each rank reads its own rows and no others. A process started alone gets a plain model.
     """
-    if mesh is None:
+    if not launched():
         return load_model(path, device=device)
-
+    mesh = dist.init_device_mesh(device, (world_size(),))
     model = empty_model(read_config(path))
     state = read_tensors(path, model, torch.float32, device, partial(own_rows, mesh))
     for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ from aggregate import AGGREGATORS, MAX_EXPONENT, MIN_STD, advantages, aggregate
 from support.errors import InputError
 
 DTYPES = [torch.float32, torch.float64]
-# Rewards that are logarithms have an absolute error (c = 1 makes them 0), the others a relative one.
+# Rewards that are logarithms have an absolute error (c = 1 makes them 0), the others a relative.
 LOGARITHMIC = {"log_prob", "info_gain", "r3", "jlb_multi"}
 
 ORDINARY = [[0.9, 0.2, 0.5, 0.03], [0.4, 0.6, 0.99, 0.1], [0.7, 0.05, 0.3, 0.8]]

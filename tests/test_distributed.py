@@ -1,4 +1,4 @@
-"""More processes change only the speed: same questions, traces, losses, weights, after kills too."""
+"""More processes change only the speed: same traces, losses, weights, after kills as well."""
 
 import itertools
 import json
@@ -121,7 +121,7 @@ def alone(tmp_path_factory) -> Path:
         (2, []),
         (2, ["--micro-traces=2", "--updates=2", "--activation-checkpointing=selective"]),
         (2, ["--traces=0"]),
-        # 3 divides neither rows nor vocabulary, which grows by the marker. After an untrained marker
+        # 3 divides neither rows nor vocabulary, which grows by the marker. After a new marker
         # all rewards are nearly equal: dividing by their std, and a high learning rate, would
         # magnify the rounding of sums in another order.
         (3, ["--questions=6", "--marker=<|think|>", "--null=frozen", "--scale=none", "--lr=1e-4"]),

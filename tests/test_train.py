@@ -1,4 +1,4 @@
-"""The training loop: the estimator is right, batching changes nothing, runs resume, NaN is refused."""
+"""The training loop: the estimator is right, nothing depends on batching, runs resume."""
 
 import inspect
 import itertools
@@ -107,7 +107,7 @@ def every_trace(limit: int = 3) -> list[Trace]:
 
 
 def plain_logp(model: Transformer, context: list[int], tokens: list[int]) -> torch.Tensor:
-    """Log-probs of `tokens` after `context` from one full row and log_softmax, without reward.py."""
+    """Log-probs of `tokens` after `context`: one full row and log_softmax, without reward.py."""
     hidden = model(torch.tensor([context + tokens]))[0]
     logp = (hidden @ model.lm_head.weight.T).log_softmax(-1)
     at = torch.arange(len(context) - 1, len(context) + len(tokens) - 1)
