@@ -547,9 +547,7 @@ def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_kn
     (tmp_path / "model/nrt.json").unlink()
     before = load_model(tmp_path / "model")
     tokenizer = Tokenizer(tmp_path / "model", marker)
-    after = train_module.initial_model(
-        Args(model=str(tmp_path / "model"), device="cpu"), tokenizer, mesh=None
-    )
+    after = train_module.initial_model(Args(model=str(tmp_path / "model"), device="cpu"), tokenizer)
     assert (
         after.config.vocab_size
         == len(after.lm_head.weight)
