@@ -1,4 +1,4 @@
-# `make train` and `make test` are all there is to do on a fresh machine with python3 (3.10 or newer) and make.
+# `make train` and `make test` are all there is to do on a fresh machine with python3 (3.11 or newer) and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
