@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from model import KEEP, Config, Prefix, Transformer, rope_table
 from sample import sample_traces
@@ -202,7 +203,8 @@ def test_activation_checkpointing_does_not_append_to_the_cache_again(mode):
     model.activation_checkpointing = mode
     tokens = random_tokens(5, 2, 6)
     past = MinimalPast()
-    model(tokens, past).sum().backward()
+    with set_checkpoint_early_stop(False):  # or recomputation may end before the append
+        model(tokens, past).sum().backward()
     assert [k.shape[2] for k, _ in past.kv.values()] == [6, 6]
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +75,12 @@ def test_rope_parameters_override_the_older_fields(tmp_path):
         rope_scaling={"rope_type": "linear", "factor": 2.0},
     )
     assert (config.rope_theta, config.rope_scaling) == (500.0, None)
+
+
+def test_both_generations_of_llama31_read_the_same():
+    old = read_config(GOLDEN / "llama31_rope_scaling")
+    new = read_config(GOLDEN / "llama31_rope_parameters")
+    assert replace(new, source=old.source) == old
 
 
 # ---- reading and writing
