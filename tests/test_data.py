@@ -486,10 +486,10 @@ class Rows:
 
 def test_the_next_examples_are_those_of_the_stream_across_epochs():
     examples, position, skipped = next_examples(
-        Rows(5), position=3, count=9, seed=1, fits=lambda example: True
+        Rows(5), position=3, count=12, seed=1, fits=lambda example: True
     )
-    assert [example.index for example in examples] == [row_at(p, 5, seed=1) for p in range(3, 12)]
-    assert (position, skipped) == (12, 0)
+    assert [example.index for example in examples] == [row_at(p, 5, seed=1) for p in range(3, 15)]
+    assert (position, skipped) == (15, 0)
 
 
 def test_rows_that_do_not_fit_are_skipped_and_counted():
