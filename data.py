@@ -3,18 +3,17 @@
 A row is {"question": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...}, ...]},
 whose last assistant turn is the gold answer. It becomes an Example with two parts of a sequence:
 
-    prompt    bos (if the tokenizer has one), then the prompt format with the question filled in
+    prompt    bos (where the tokenizer adds it), then the prompt format with the question in it
     answer    the gold answer, then eos
 
 Training samples a trace after the prompt and scores the answer after prompt, trace and marker:
 
     prompt  trace  marker  answer
 
-The marker is one token that ends the trace, "<|response_start|>" in the paper. The gold answer is
-tokenized here, once. Traces stay token ids: text that is decoded and tokenized again may come out
-as other ids, and then what is scored is not what was sampled.
-
-In this file: tokenizer, rows, order of rows.
+The marker is one token, "<|response_start|>" in the paper. The model learns to end its trace with
+it; to a trace that ran out of tokens it is appended. The gold answer is tokenized here, once.
+Traces stay token ids: text that is decoded and tokenized again may come out as other ids, and then
+what is scored is not what was sampled.
 """
 
 import json
@@ -58,7 +57,7 @@ class Tokenizer:
         self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
         if "{question}" not in self.prompt_format:
             raise InputError(f"--prompt-format {self.prompt_format!r} lacks {{question}}")
-        self.model = load_tokenizer(self.path / "tokenizer.json")
+        self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
         self.eos_ids = self.find_eos()
         self.eos: str = self.model.id_to_token(self.eos_ids[0]) or ""
         # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
@@ -315,7 +314,8 @@ def is_message(message: object) -> bool:
 def render(turns: list[str], prompt_format: str, eos: str) -> str:
     """The prompt as text: format(question) answer eos newline, ..., format(last question).
 
-    Conversations are laid out as in Tulu. str.replace, as questions may contain braces.
+    Conversations are laid out as in Tulu. The tokenizer turns the text of eos into its token, as
+    it does with any special token in a text. str.replace, as questions may contain braces.
     """
     text = ""
     for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
@@ -330,9 +330,10 @@ def render(turns: list[str], prompt_format: str, eos: str) -> str:
 def next_examples(
     pairs: Pairs, position: int, count: int, seed: int, fits: Callable[[Example], bool]
 ) -> tuple[list[Example], int, int]:
-    """The next `count` examples for which fits(example), from `position` of the stream on.
+    """The next `count` examples from `position` of the stream on.
 
-    -> (examples, position after them, number of rows that did not fit)
+    fits: whether an example keeps to the length limits; others are skipped.
+    -> (examples, position after them, number of skipped rows)
     """
     examples: list[Example] = []
     start = position

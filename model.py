@@ -18,6 +18,9 @@ different lengths: KEY j OF k_all BELONGS TO THE TOKEN AT POSITION j. A query at
 attends to the keys p - sliding_window < j <= p. A row shorter than k_all never attends to the
 keys beyond its own length, whatever they hold.
 
+Shapes: B rows, L tokens of this forward, S keys (past and new), P tokens of a prompt, H hidden
+size, V vocabulary, D head_dim, Hq query heads, Hkv key/value heads.
+
 Implemented: Llama 2 / 3 / 3.1 / 3.2, SmolLM2, Mistral 7B v0.1 to v0.3, Mistral Nemo.
 support/weights.py reads their Hugging Face directories and refuses all others.
 """
@@ -82,7 +85,9 @@ class Prefix:
     """
 
     def __init__(self) -> None:
-        self.kv: list[tuple[Tensor, Tensor]] = []  # per layer [B, Hkv, P, D]; B = 1 for branches
+        # Per layer [1, Hkv, P, D]. With more than one row it can only be recorded: the sampler
+        # prefills several prompts at once and copies their keys and values into its own cache.
+        self.kv: list[tuple[Tensor, Tensor]] = []
 
     @property
     def length(self) -> int:
@@ -100,7 +105,10 @@ class Prefix:
 
 # ---- transformer
 class Transformer(nn.Module):
-    """A decoder-only transformer. Parameter names: Hugging Face's without the prefix "model."."""
+    """A decoder-only transformer. Parameter names: Hugging Face's without the prefix "model.".
+
+    A new one has torch's default weights: training starts from a checkpoint, not from here.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -127,12 +135,12 @@ class Transformer(nn.Module):
         else:
             positions = start + offsets  # [L], the same in every row
 
-        @cache  # computed once, then used by every layer
+        @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
         def mask(keys: int) -> Tensor | None:
             return visible(positions, keys, self.config.sliding_window)
 
-        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "none"
-        run = KEEP[recompute]
+        # Without gradients there is no backward pass to recompute for.
+        run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
         hidden = self.embed_tokens(tokens)  # [B, L, H]
         rope = rope_table(positions, self.config, hidden.dtype)
         for layer in self.layers:
@@ -171,9 +179,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """hidden [B, L, H] -> [B, L, H].
 
-        mask: number of keys S -> attention mask (S is known only once `past` has appended).
-        run: one of KEEP. The layer runs in two parts with the append between them: inside, it
-        would be repeated when the backward pass recomputes the part.
+        mask: number of keys S -> attention mask. run: a function of KEEP, which runs the layer in
+        two parts. The append stands between them: inside one, it would be repeated when the
+        backward pass recomputes that part.
         """
         q, k, v = run(self.before_attention, hidden, rope)
         if past is not None:
