@@ -33,7 +33,7 @@ MAX_EXPONENT = 80.0
 MIN_STD = 1e-6
 
 
-# ---- f, one function per method: logp [K, T], null_logp [T] -> reward [K] ----
+# ---- f, one function per method: logp [K, T], null_logp [T] -> reward [K]
 def log_prob(logp: Tensor, null_logp: Tensor) -> Tensor:
     """f = sum_i log c_i.  JLB / JEPO with one sample; LaTRO."""
     return logp.sum(dim=1)
@@ -115,7 +115,7 @@ AGGREGATORS = {
 GROUP_AGGREGATORS = ("r3", "jlb_multi")  # a trace's reward depends on the other traces
 
 
-# ---- reward and answer weight ----
+# ---- reward and answer weight
 def aggregate(name: str, logp: Tensor, null_logp: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards and exact answer weights of one question's traces.
 
@@ -135,7 +135,7 @@ def aggregate(name: str, logp: Tensor, null_logp: Tensor) -> tuple[Tensor, Tenso
     return reward.detach(), weight
 
 
-# ---- advantage ----
+# ---- advantage
 def advantages(reward: Tensor, center: str = "mean", scale: str = "std") -> Tensor:
     """Group-relative advantages of one question's K traces, as in GRPO.
 

@@ -1,16 +1,23 @@
-"""Question-answer pairs, from JSONL on disk to token ids.
+"""Question-answer pairs, from rows of a JSONL file to token ids.
 
-A row is {"question": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...}, ...]}, whose last assistant turn is the gold
-answer. It becomes an Example:
+A row is {"question": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...}, ...]},
+whose last assistant turn is the gold answer. It becomes an Example with two parts of a sequence:
 
-    prompt ids = bos? + prompt format with {question} filled in        the model thinks after this
-    answer ids = the gold answer + eos                                 scored, and trained, after the marker
+    prompt    bos (where the tokenizer adds it), then the prompt format with the question in it
+    answer    the gold answer, then eos
 
-Between the two stands the trace and the marker m, one token that ends thinking and starts the answer ("<|response_start|>" in the
-paper). The gold answer is tokenised here, once; traces are never decoded and re-tokenised: what was sampled is what is scored.
+Training samples a trace after the prompt and scores the answer after prompt, trace and marker:
+
+    prompt  trace  marker  answer
+
+The marker is one token, "<|response_start|>" in the paper. The model learns to end its trace with
+it; to a trace that ran out of tokens it is appended. The gold answer is tokenized here, once.
+Traces stay token ids: text that is decoded and tokenized again may come out as other ids, and then
+what is scored is not what was sampled.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,69 +28,62 @@ import tokenizers
 from support.errors import InputError
 
 MARKER = "<|response_start|>"  # the paper's
-RESERVED = (
-    "reserved",
-    "unused",
-    "[control_",
-    "<special_",
-)  # so are free tokens named: Llama 3, Gemma, Mistral's two tokenizers
-PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # Tulu's, which the paper trains on
+PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
+
+# Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
+RESERVED = ("reserved", "unused", "[control_", "<special_")
 
 
-# ---------------------------------------------------------------------------------------------------------------- tokenizer
+# ---- tokenizer
 class Tokenizer:
-    """A tokenizer.json, with what a Hugging Face directory says around it: eos ids, bos, marker, prompt format.
+    """The tokenizer of a Hugging Face directory, with eos, bos, marker and prompt format.
 
-    marker, prompt_format: None takes what the directory's nrt.json says (written by `save`), else the paper's.
-    InputError when tokenizer.json cannot be read or no eos is named anywhere.
+    marker, prompt_format: None means those of the directory's nrt.json, which `save` writes; the
+    paper's if there is none. InputError if tokenizer.json cannot be read or there is no eos.
+
+    Attributes:
+        eos_ids    the tokens that end an answer; gold answers end with the first one
+        prefix     the ids that start every prompt: [bos], or [] for a tokenizer without
+        marker_id  the token that ends a trace
+        cut_ids    tokens that stop sampling a trace without being the marker
     """
 
     def __init__(
         self, path: str | Path, marker: str | None = None, prompt_format: str | None = None
     ) -> None:
         self.path = Path(path)
-        ours = self.read("nrt.json")
-        self.marker = marker or ours.get("marker") or MARKER
-        self.prompt_format = prompt_format or ours.get("prompt_format") or PROMPT_FORMAT
+        saved = self.read("nrt.json")
+        self.marker = marker or saved.get("marker") or MARKER
+        self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
         if "{question}" not in self.prompt_format:
             raise InputError(f"--prompt-format {self.prompt_format!r} lacks {{question}}")
-        file = self.path / "tokenizer.json"
-        if not file.exists():
-            raise InputError(
-                f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one"
-            )
-        try:
-            self.model = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exceptions
-            raise InputError(f"{file}: not a tokenizer: {error}") from None
-        self.model.no_padding()
-        self.model.no_truncation()  # some published files carry a training-time limit
+        self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
         self.eos_ids = self.find_eos()
         self.eos: str = self.model.id_to_token(self.eos_ids[0]) or ""
-        # What the tokenizer puts before every text: bos in Llama's and Mistral's, nothing in most others.
+        # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
+
+        # A new marker needs a new row of the embedding. A reserved one has a row that was never
+        # trained, unless nrt.json says that this model was trained with it.
         self.marker_is_new = self.model.token_to_id(self.marker) is None
+        unused_name = any(part in self.marker.lower() for part in RESERVED)
+        self.marker_is_reserved = unused_name and self.marker != saved.get("marker")
         if self.marker_is_new:
-            self.model.add_special_tokens(
-                [tokenizers.AddedToken(self.marker, special=True, normalized=False)]
-            )
+            token = tokenizers.AddedToken(self.marker, special=True, normalized=False)
+            self.model.add_special_tokens([token])
         self.marker_id: int = self.model.token_to_id(self.marker)
-        # A token kept free for uses like ours, and not yet in use: its embedding has never been trained.
-        self.marker_is_reserved = self.marker != ours.get("marker") and any(
-            word in self.marker.lower() for word in RESERVED
-        )
         if self.marker_id in self.eos_ids:
             raise InputError(
-                f"--marker {self.marker!r} is an eos token of {file}: it cannot start the answer and end it"
+                f"--marker {self.marker!r} is an eos token of {self.path / 'tokenizer.json'}: "
+                "it cannot start the answer and end it"
             )
-        # Any of these ends a trace, though only the marker is a decision to answer (METHOD: every eos id counts, not just one).
-        specials = {
-            token for token, added in self.model.get_added_tokens_decoder().items() if added.special
-        }
-        self.cut_ids = sorted((specials | set(self.eos_ids)) - {self.marker_id})
+        # A special token within a trace would start another turn or end the text.
+        added = self.model.get_added_tokens_decoder()
+        special = {token for token, entry in added.items() if entry.special}
+        self.cut_ids = sorted((special | set(self.eos_ids)) - {self.marker_id})
 
     def read(self, name: str) -> dict:
-        """The directory's JSON file `name`, {} if it has none."""
+        """The object in the directory's JSON file `name`; {} if there is no such file."""
         file = self.path / name
         try:
             value = json.loads(file.read_text()) if file.exists() else {}
@@ -94,34 +94,40 @@ class Tokenizer:
         return value
 
     def find_eos(self) -> list[int]:
-        """Every eos id, the one to end gold answers with first: tokenizer_config.json names it, the model's configs may add others."""
+        """All eos ids: tokenizer_config.json names the first, the model's configs may add more."""
         named = self.read("tokenizer_config.json").get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
+        if isinstance(named, dict):  # an AddedToken written as an object
+            named = named.get("content")
         found = [] if named is None else [self.model.token_to_id(named)]
-        for file in ("generation_config.json", "config.json"):
-            ids = self.read(file).get("eos_token_id")
+        for name in ("generation_config.json", "config.json"):
+            ids = self.read(name).get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
-        found = list(dict.fromkeys(token for token in found if token is not None))
+        found = [token for token in found if token is not None]
         if not found:
             raise InputError(
-                f"{self.path}: no eos token: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) names one"
+                f"{self.path}: no eos token: neither tokenizer_config.json (eos_token) "
+                "nor config.json (eos_token_id) names one"
             )
-        return found
+        return list(dict.fromkeys(found))  # without duplicates, in this order
 
     def encode_prompt(self, text: str) -> list[int]:
         return self.prefix + self.model.encode(text, add_special_tokens=False).ids
 
     def encode_answer(self, text: str) -> list[int]:
-        ids, eos = self.model.encode(text, add_special_tokens=False).ids, self.eos_ids[0]
-        return ids if ids[-1:] == [eos] else [*ids, eos]  # some data spells its eos out
+        ids = self.model.encode(text, add_special_tokens=False).ids
+        eos = self.eos_ids[0]
+        return ids if ids[-1:] == [eos] else [*ids, eos]  # some data has eos in its text
 
     def decode(self, ids: list[int], special: bool = False) -> str:
-        """Text, for people and for exact match only: nothing that is scored passes through here. special: show special tokens."""
+        """Text for people and for exact match, never for scoring. special: show special tokens."""
         return self.model.decode(ids, skip_special_tokens=not special)
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json with the marker in it, nrt.json with marker and prompt format, what stood beside them, and a chat
-        template that renders conversations as `render` does."""
+        """Writes the tokenizer, the marker among its tokens, into a model directory.
+
+        With it go nrt.json (marker, prompt format), a chat template that makes the prompts that
+        `render` makes, and the other files of the directory that tokenizers and samplers read.
+        """
         path = Path(path)
         for name in ("special_tokens_map.json", "generation_config.json"):
             if (self.path / name).exists():
@@ -129,71 +135,83 @@ class Tokenizer:
         self.model.save(str(path / "tokenizer.json"))
         described = self.read("tokenizer_config.json") | {"chat_template": self.chat_template()}
         (path / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (path / "nrt.json").write_text(
-            json.dumps({"marker": self.marker, "prompt_format": self.prompt_format}, indent=2)
-            + "\n"
-        )
+        ours = {"marker": self.marker, "prompt_format": self.prompt_format}
+        (path / "nrt.json").write_text(json.dumps(ours, indent=2) + "\n")
 
     def chat_template(self) -> str:
-        """`encode_prompt(render(...))` as a Jinja template, which opens the trace: what a model continues from it is trace, marker, answer.
+        """`encode_prompt(render(...))` as the Jinja template that other software applies.
 
-        A template writes its own bos. Jinja reads string literals as JSON does, so any prompt format can stand in one.
+        A model that continues its prompts writes trace, marker, answer. A Jinja string literal
+        reads as in JSON, so that any prompt format can be one. A template writes bos itself.
         """
         bos = "".join(self.model.id_to_token(token) for token in self.prefix)
-        question = " + text + ".join(
-            literal(piece) for piece in self.prompt_format.split("{question}")
-        )
+        pieces = [literal(piece) for piece in self.prompt_format.split("{question}")]
+        question = " + text + ".join(pieces)
+        answer = "text + " + literal(self.eos + "\n")
+        blank = literal("\n\n")
         return "".join(
             [
                 "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
-                "{%- set system = messages[0].content + "
-                + literal("\n\n")
-                + " if messages[0].role == 'system' else '' -%}",
-                "{{- " + literal(bos) + " -}}",
+                f"{{%- set system = messages[0].content + {blank}"
+                " if messages[0].role == 'system' else '' -%}",
+                f"{{{{- {literal(bos)} -}}}}",
                 "{%- for turn in turns -%}",
                 "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
-                "{%- if turn.role == 'user' -%}{{- "
-                + question
-                + " -}}{%- else -%}{{- text + "
-                + literal(self.eos + "\n")
-                + " -}}{%- endif -%}",
+                f"{{%- if turn.role == 'user' -%}}{{{{- {question} -}}}}",
+                f"{{%- else -%}}{{{{- {answer} -}}}}{{%- endif -%}}",
                 "{%- endfor -%}",
             ]
         )
 
 
+def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    if not file.exists():
+        raise InputError(
+            f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(f"{file}: not a tokenizer: {error}") from None
+    # Some published files contain the padding and truncation that a training run used.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 def literal(text: str) -> str:
-    """A string as Jinja (and JSON) write it."""
+    """A string literal in Jinja."""
     return json.dumps(text, ensure_ascii=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+# ---- rows
 @dataclass(frozen=True)
 class Example:
-    """One question-answer pair as the model sees it."""
+    """One question-answer pair as token ids."""
 
-    index: int  # row number in the file, which names the example's random streams
+    index: int  # row number in the file, from which the example's random streams are seeded
     prompt: list[int]
     answer: list[int]  # ends with eos
-    question: str
-    gold: str
+    question: str  # the last question as text, for logs
+    gold: str  # the gold answer as text, for logs and exact match
 
 
 class Pairs:
-    """The rows of a JSONL file, read where they stand: only line offsets are kept, so the file may be larger than memory.
+    """The rows of a JSONL file. Memory holds their offsets; rows are read when they are needed.
 
-    Every row is checked once, up front: a bad row at line 150,000 stops the run before its first step, not in its tenth hour.
-    InputError names file and line. Blank lines are skipped.
+    Every row is checked at the start: otherwise a bad row at line 150,000 would end a run after
+    hours of training. InputError names file and line. Blank lines are skipped.
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer) -> None:
-        self.path, self.tokenizer = Path(path), tokenizer
-        offsets, self.lines = [], []
+        self.path = Path(path)
+        self.tokenizer = tokenizer
         try:
             self.file = open(self.path, "rb")
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
-        offset = 0
+        offsets = []
+        offset = 0  # of the line, in bytes
         for number, line in enumerate(self.file, start=1):
             if line.strip():
                 parse_row(line, f"{self.path}:{number}")
@@ -209,44 +227,34 @@ class Pairs:
     def __getitem__(self, index: int) -> Example:
         self.file.seek(self.offsets[index])
         turns, gold = parse_row(self.file.readline(), f"{self.path}, row {index}")
-        tokenizer = self.tokenizer
-        prompt = tokenizer.encode_prompt(render(turns, tokenizer.prompt_format, tokenizer.eos))
-        return Example(index, prompt, tokenizer.encode_answer(gold), question=turns[-1], gold=gold)
+        text = render(turns, self.tokenizer.prompt_format, self.tokenizer.eos)
+        prompt = self.tokenizer.encode_prompt(text)
+        answer = self.tokenizer.encode_answer(gold)
+        return Example(index, prompt, answer, question=turns[-1], gold=gold)
 
 
 def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
-    """One JSONL line -> (turns, gold answer). turns alternates user, assistant, ..., user. `where` is "file:line" for errors."""
+    """One JSONL line -> (turns, gold answer), stripped of white space at their ends.
+
+    turns: the text of user, assistant, ..., user. where: "file:line", for InputError.
+    """
     try:
         row = json.loads(line)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # UnicodeDecodeError is a ValueError; brackets can nest too deeply
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(
-            f"{where}: holds a {type(row).__name__}, a row should be an object with question and answer"
+            f"{where}: holds a {type(row).__name__}, "
+            "a row should be an object with question and answer"
         )
-    if "messages" in row:
-        turns = parse_messages(row["messages"], where)
-    else:
-        for key in ("question", "answer"):
-            if key not in row:
-                raise InputError(
-                    f'{where}: no "{key}"; a row is {{"question": ..., "answer": ...}} or {{"messages": [...]}}'
-                )
-            if not isinstance(row[key], str):
-                raise InputError(
-                    f'{where}: "{key}" is a {type(row[key]).__name__}, it should be a string'
-                )
-        turns = [row["question"], row["answer"]]
+    turns = parse_messages(row["messages"], where) if "messages" in row else parse_pair(row, where)
     try:
         "".join(turns).encode()
-    except UnicodeEncodeError:  # such text can be held in JSON, and in a str, but not be tokenised
+    except UnicodeEncodeError:  # JSON and str may hold such text, tokenizers do not
         raise InputError(
             f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
         ) from None
-    *turns, gold = (text.strip() for text in turns)
+    *turns, gold = [text.strip() for text in turns]
     if not gold:
         raise InputError(f"{where}: the answer is empty")
     if not turns[-1]:
@@ -254,40 +262,97 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
     return turns, gold
 
 
+def parse_pair(row: dict, where: str) -> list[str]:
+    """{"question": ..., "answer": ...} -> [question, answer]"""
+    for key in ("question", "answer"):
+        if key not in row:
+            raise InputError(
+                f'{where}: no "{key}"; a row is {{"question": ..., "answer": ...}} '
+                'or {"messages": [...]}'
+            )
+        if not isinstance(row[key], str):
+            kind = type(row[key]).__name__
+            raise InputError(f'{where}: "{key}" is a {kind}, it should be a string')
+    return [row["question"], row["answer"]]
+
+
 def parse_messages(messages: object, where: str) -> list[str]:
-    """A conversation up to its last assistant turn, as [user, assistant, ..., user, assistant]; a system turn opens the first user's."""
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    ):
+    """A conversation -> [user, assistant, ..., user, assistant], up to its last assistant turn.
+
+    A system turn is put in front of the first question. Turns after the last answer are dropped.
+    """
+    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
         raise InputError(
             f'{where}: "messages" should be a list of {{"role": ..., "content": ...}} with strings'
         )
-    system = [m["content"] for m in messages[:1] if m["role"] == "system"]
-    roles = [m["role"] for m in messages[len(system) :]]
-    turns = [m["content"] for m in messages[len(system) :]]
-    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
-    if last < 1 or any(
-        role != ("user", "assistant")[i % 2] for i, role in enumerate(roles[: last + 1])
-    ):
+    system = []
+    if messages and messages[0]["role"] == "system":
+        system = [messages[0]["content"]]
+        messages = messages[1:]
+    roles = [message["role"] for message in messages]
+    turns = [message["content"] for message in messages]
+    while roles and roles[-1] != "assistant":
+        roles.pop()
+        turns.pop()
+    alternating = ["user", "assistant"] * (len(roles) // 2)
+    if not roles or roles != alternating:
+        roles = [message["role"] for message in messages]
         raise InputError(
-            f'{where}: "messages" should alternate user and assistant and hold an assistant turn; roles are {roles}'
+            f'{where}: "messages" should alternate user and assistant and hold an assistant turn; '
+            f"roles are {roles}"
         )
     turns[0] = "\n\n".join([*system, turns[0]])
-    return turns[: last + 1]
+    return turns
+
+
+def is_message(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
 
 def render(turns: list[str], prompt_format: str, eos: str) -> str:
-    """The prompt text: earlier turns as "format(question) answer eos newline" (Tulu's way), then the last question."""
+    """The prompt as text: format(question) answer eos newline, ..., format(last question).
+
+    Conversations are laid out as in Tulu. The tokenizer turns the text of eos into its token, as
+    it does with any special token in a text. str.replace, as questions may contain braces.
+    """
     text = ""
     for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
         text += prompt_format.replace("{question}", question) + answer + eos + "\n"
     return text + prompt_format.replace("{question}", turns[-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------- order
+# ---- order of rows
+# Training reads an endless stream of rows: all of them in random order, then all in another order.
+# A run saves its position in the stream and no random state: row and randomness are functions of
+# (seed, position).
+def next_examples(
+    pairs: Pairs, position: int, count: int, seed: int, fits: Callable[[Example], bool]
+) -> tuple[list[Example], int, int]:
+    """The next `count` examples from `position` of the stream on.
+
+    fits: whether an example keeps to the length limits; others are skipped.
+    -> (examples, position after them, number of skipped rows)
+    """
+    examples: list[Example] = []
+    start = position
+    while len(examples) < count:
+        # Two epochs' length contains a whole epoch, wherever it starts: every row has been tried.
+        if not examples and position - start >= 2 * len(pairs):
+            raise InputError(
+                f"{pairs.path}: not one of its {len(pairs)} rows fits; "
+                "raise --max-prompt or --max-answer"
+            )
+        example = pairs[row_at(position, len(pairs), seed)]
+        position += 1
+        if fits(example):
+            examples.append(example)
+    return examples, position, position - start - count
+
+
 def row_at(position: int, rows: int, seed: int) -> int:
-    """The row that stands at `position` of the endless shuffled stream: a new permutation each epoch, a function of (seed, epoch)."""
+    """The row at `position` of the stream: epoch position // rows, in an order of its own."""
     return int(permutation(rows, seed, position // rows)[position % rows])
 
 
@@ -297,24 +362,6 @@ def permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def stream_seed(*names: int) -> int:
-    """One 63-bit seed from (seed, step, question, ...): no random state is ever saved, so a resumed run draws what the first would."""
-    return int(np.random.SeedSequence(names).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def next_examples(
-    pairs: Pairs, position: int, count: int, seed: int, fits
-) -> tuple[list[Example], int, int]:
-    """The next `count` examples for which fits(example) holds -> (examples, position after them, rows skipped as too long)."""
-    examples, start = [], position
-    while len(examples) < count:
-        if (
-            position - start >= 2 * len(pairs) and not examples
-        ):  # whatever the start, these hold one whole epoch
-            raise InputError(
-                f"{pairs.path}: not one of its {len(pairs)} rows fits; raise --max-prompt or --max-answer"
-            )
-        example = pairs[row_at(position, len(pairs), seed)]
-        position += 1
-        if fits(example):
-            examples.append(example)
-    return examples, position, position - start - count
+    """The seed of one random stream, 63 bits, from what names it: (seed, step, question, ...)."""
+    state = np.random.SeedSequence(names).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))

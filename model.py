@@ -1,21 +1,33 @@
-"""The Llama / Mistral transformer, written by hand, and its Hugging Face directory on disk.
+"""The Llama / Mistral transformer in plain PyTorch.
 
-    tokens [B, L] -> embedding -> N x (h + attention(norm(h));  h + mlp(norm(h))) -> norm -> hidden [B, L, H]
+    tokens [B, L] -> embedding -> N blocks -> norm -> hidden [B, L, H]
+    block:  h = h + attention(norm(h))
+            h = h + mlp(norm(h))
 
-The model stops at the hidden state: logits are never formed here. Whoever needs log-probs multiplies by `model.lm_head.weight`
-[V, H] on the rows that matter (kernels/logprob.py), whoever samples does so on one row per trace (sample.py).
+The forward pass ends at the hidden states. Logits [B, L, V] would be the largest tensor of a
+training step, so they are not computed here: training turns hidden states into log-probs without
+storing logits (kernels/logprob.py), sampling computes the logits of one position per row
+(sample.py). Both read `model.lm_head.weight` [V, H].
 
-`model(tokens, past)` continues a prefix. `past` is any object with one method, `append(layer, k, v) -> (k_all, v_all)`; the rule that
-makes one mask serve training, prompt-then-branches and ragged sampling alike is that SLOT j OF k_all HOLDS THE TOKEN AT POSITION j. A
-query at position p sees slots p - sliding_window < j <= p, so slots a row has not written yet are never read. Where k_all has room
-to spare or rows differ in length, `past.length` says how many tokens each row already holds.
+`model(tokens, past)` continues a KV cache. `past` is any object with the method
 
-What it loads: Llama 2/3/3.1/3.2, SmolLM2, Mistral 7B v0.1-v0.3, Nemo-style head_dim; anything else is refused by name.
+    append(layer, k, v) -> (k_all, v_all)    add these tokens' keys and values, return all of them
+
+One rule lets the same mask serve training, branches that share a prompt, and decoding of rows of
+different lengths: KEY j OF k_all BELONGS TO THE TOKEN AT POSITION j. A query at position p
+attends to the keys p - sliding_window < j <= p. A row shorter than k_all never attends to the
+keys beyond its own length, whatever they hold.
+
+Shapes: B rows, L tokens of this forward, S keys (past and new), P tokens of a prompt, H hidden
+size, V vocabulary, D head_dim, Hq query heads, Hkv key/value heads.
+
+Implemented: Llama 2 / 3 / 3.1 / 3.2, SmolLM2, Mistral 7B v0.1 to v0.3, Mistral Nemo.
+support/weights.py reads their Hugging Face directories and refuses all others.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -23,54 +35,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
 
-# ---------------------------------------------------------------------------------------------------------------- configuration
+
 @dataclass
 class Config:
-    """A model's shape, in Hugging Face's names. Sizes in elements; `rope_scaling` is None or the "llama3" dict."""
+    """A model's shape, under Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # None: as many as there are query heads (no grouping)
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads (Nemo says otherwise)
+    num_key_value_heads: int | None = None  # None: num_attention_heads, no grouping
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    sliding_window: int | None = None
+    rope_scaling: dict | None = None  # None, or the fields LLAMA3_ROPE
+    sliding_window: int | None = None  # tokens a query attends to, itself included; None: all
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 2048  # for other readers: nothing here depends on it
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    source: dict = field(
-        default_factory=dict, repr=False
-    )  # config.json as read: fields we have no use for go back out unchanged
+    # config.json as it was read: fields that mean nothing to us are written back unchanged.
+    source: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-# ---- transformer
+# ---- KV cache
 class Past(Protocol):
-    """What `model(tokens, past)` continues: Prefix below (differentiable), or the Slots of sample.py (static memory).
+    """A KV cache: Prefix below (differentiable), or the static one of sample.py.
 
-    Optional attribute `length`: tokens held before this call, one int, or a tensor [B] where rows differ.
+    It may also have an attribute `length`, the number of tokens it held before this call: an int,
+    or a tensor [B] where rows differ. Without it, all rows hold as many tokens as append returns.
     """
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds k, v [B, Hkv, L, D] of this call's tokens; returns all of them, [B, Hkv, S, D], slot j holding position j."""
+        """k, v [B, Hkv, L, D] of the new tokens -> those of all tokens, [B, Hkv, S, D]."""
 
 
 class Prefix:
-    """Keys and values of a common prefix, [1, Hkv, P, D] per layer: the first call records them, every later call continues them.
+    """A prompt's keys and values: the first forward records them, later forwards continue them.
 
-    A continuation leaves the prefix as it is, so branches of any number and order share one, and gradients flow back into it.
+    Later forwards do not change it. So any number of branches continue the same prompt, in one
+    batch or one after another, and the gradients of all of them reach the prompt.
     """
 
     def __init__(self) -> None:
+        # Per layer [1, Hkv, P, D]. With more than one row it can only be recorded: the sampler
+        # prefills several prompts at once and copies their keys and values into its own cache.
         self.kv: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -78,70 +94,76 @@ class Prefix:
         return self.kv[0][0].shape[2] if self.kv else 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer == len(self.kv):  # the first call reaches each layer once, in order
+        if layer == len(self.kv):  # first forward: it comes to each layer once, in order
             self.kv.append((k, v))
             return k, v
         prefix_k, prefix_v = self.kv[layer]
-        rows = (
-            k.shape[0],
-            -1,
-            -1,
-            -1,
-        )  # a view: the prefix is stored once, whatever the number of branches
-        return torch.cat([prefix_k.expand(rows), k], dim=2), torch.cat(
-            [prefix_v.expand(rows), v], dim=2
-        )
+        prefix_k = prefix_k.expand(len(k), -1, -1, -1)  # a view: branches share one prompt
+        prefix_v = prefix_v.expand(len(v), -1, -1, -1)
+        return torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
 
 
+# ---- transformer
 class Transformer(nn.Module):
-    """A decoder-only transformer. Module names are Hugging Face's without the leading "model."."""
+    """A decoder-only transformer. Parameter names: Hugging Face's without the prefix "model.".
+
+    A new one has torch's default weights: training starts from a checkpoint, not from here.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        layers = [Block(config, index) for index in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.activation_checkpointing = "none"  # one of KEEP
+        self.activation_checkpointing = "none"  # a key of KEEP
 
     def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
-        """Hidden states after the final norm.
+        """tokens [B, L] -> hidden states after the final norm, [B, L, H].
 
-        tokens [B, L] -> hidden [B, L, H]. Rows are left-aligned; padding, if any, is on the right, where no real token can see it.
+        Rows of different length are padded on the right, where no earlier token attends to the
+        padding.
         """
-        start = 0 if past is None else self.held(past, tokens.shape[0])
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = (
-            start[:, None] + steps if isinstance(start, Tensor) else start + steps
-        )  # [B, L] or [L]
+        start = 0 if past is None else self.past_length(past, batch=len(tokens))
+        offsets = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
+        if isinstance(start, Tensor):
+            positions = start[:, None] + offsets  # [B, L]
+        else:
+            positions = start + offsets  # [L], the same in every row
+
+        @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
+        def mask(keys: int) -> Tensor | None:
+            return visible(positions, keys, self.config.sliding_window)
+
+        # Without gradients there is no backward pass to recompute for.
+        run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
         hidden = self.embed_tokens(tokens)  # [B, L, H]
         rope = rope_table(positions, self.config, hidden.dtype)
-        mask = lru_cache(
-            lambda slots: visible(positions, slots, self.config.sliding_window)
-        )  # all layers share one mask
-        run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rope, mask, past, index, run)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, mask, past, run)
         return self.norm(hidden)
 
-    def held(self, past: Past, batch: int) -> int | Tensor:
-        """Tokens `past` holds: its `length`, or, for an object that has append alone, what it returns when nothing is appended."""
+    def past_length(self, past: Past, batch: int) -> int | Tensor:
+        """Tokens that `past` holds: an int, or [B] where rows differ."""
         if hasattr(past, "length"):
             return past.length
-        nothing = self.norm.weight.new_empty(
-            batch, self.config.num_key_value_heads, 0, self.config.head_dim
-        )
-        return past.append(0, nothing, nothing)[0].shape[2]
+        # An object with append alone: append no tokens, and see how many come back.
+        shape = (batch, self.config.num_key_value_heads, 0, self.config.head_dim)
+        nothing = self.norm.weight.new_empty(shape)
+        keys, _ = past.append(0, nothing, nothing)
+        return keys.shape[2]
 
 
 class Block(nn.Module):
-    """h + attention(norm(h)), then h + mlp(norm(h))."""
+    """One layer: h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, index: int) -> None:
         super().__init__()
+        self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -150,78 +172,90 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Callable,
+        rope: Rope,
+        mask: Callable[[int], Tensor | None],
         past: Past | None,
-        index: int,
         run: Callable,
     ) -> Tensor:
-        q, k, v = run(self.begin, hidden, rope)
-        if past is not None:
-            k, v = past.append(
-                index, k, v
-            )  # [B, Hkv, S, D]; between the two, as the backward pass must not append again
-        return run(self.finish, hidden, q, k, v, mask(k.shape[2]))
+        """hidden [B, L, H] -> [B, L, H].
 
-    def begin(self, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        mask: number of keys S -> attention mask. run: a function of KEEP, which runs the layer in
+        two parts. The append stands between them: inside one, it would be repeated when the
+        backward pass recomputes that part.
+        """
+        q, k, v = run(self.before_attention, hidden, rope)
+        if past is not None:
+            k, v = past.append(self.index, k, v)  # [B, Hkv, S, D]
+        return run(self.from_attention_on, hidden, q, k, v, mask(k.shape[2]))
+
+    def before_attention(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.project(self.input_layernorm(hidden), rope)
 
-    def finish(
+    def from_attention_on(
         self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         hidden = hidden + self.self_attn(q, k, v, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-# What the backward pass finds ready, by the name of --activation-checkpointing; the rest it computes again. "selective" keeps what is
-# expensive to compute, the products of matrices (they are half of the memory), "full" no more than a layer's input and q, k, v.
-PRODUCTS = {
-    "mm",
-    "bmm",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-}
-PRODUCTS |= {"_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"}
-SELECTED = partial(
-    create_selective_checkpoint_contexts,
-    [getattr(torch.ops.aten, name).default for name in PRODUCTS],
-)
-KEEP: dict[str, Callable] = {
-    "none": lambda function, *inputs: function(*inputs),
-    "selective": partial(checkpoint, use_reentrant=False, context_fn=SELECTED),
-    "full": partial(checkpoint, use_reentrant=False),
-}
+# ---- activation checkpointing
+# What the forward pass keeps for the backward pass, by the value of --activation-checkpointing.
+# The backward pass recomputes the rest.
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
+def keep_all(function: Callable, *inputs: object) -> object:
+    return function(*inputs)
+
+
+def keep_products(function: Callable, *inputs: object) -> object:
+    """Keeps what is slow to compute, matrix products and attention: half of the memory."""
+    context = partial(create_selective_checkpoint_contexts, PRODUCTS)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=context)
+
+
+def keep_inputs(function: Callable, *inputs: object) -> object:
+    """Keeps the inputs alone: the hidden states and q, k, v of each layer."""
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+KEEP: dict[str, Callable] = {"none": keep_all, "selective": keep_products, "full": keep_inputs}
+
+
+# ---- the parts of a block
 class Attention(nn.Module):
-    """Grouped-query attention: Hq query heads read Hkv <= Hq key/value heads, Hq / Hkv of them each."""
+    """Grouped-query attention (GQA): groups of Hq / Hkv query heads share a key/value head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(
-            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
-        )
-        self.k_proj = nn.Linear(
-            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
-        )
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
-        )
+        query_size = config.num_attention_heads * config.head_dim  # need not equal hidden_size
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, H] -> queries [B, Hq, L, D], keys and values [B, Hkv, L, D] of these tokens."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, H] -> q [B, Hq, L, D], k and v [B, Hkv, L, D] of these tokens."""
+        q = self.split_heads(self.q_proj(x))
+        k = self.split_heads(self.k_proj(x))
+        v = self.split_heads(self.v_proj(x))
         return rotate(q, *rope), rotate(k, *rope), v
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, L, heads * D] -> [B, heads, L, D]"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [B, Hq, L, D], k and v [B, Hkv, S, D], those of the past included -> [B, L, H]"""
+        """q [B, Hq, L, D], k and v [B, Hkv, S, D] of past and new tokens -> [B, L, H]"""
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -239,7 +273,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; torch computes the mean square in fp32 for half-precision inputs, as the published models expect."""
+    """x / rms(x) * weight. For bf16 inputs, torch computes the mean square in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -250,60 +284,74 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention, positions
-def visible(positions: Tensor, slots: int, window: int | None) -> Tensor | None:
-    """Which of `slots` key slots each query may see: bool [B or 1, 1, L, S], or None for the plain causal square.
+# ---- attention
+def visible(positions: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """The mask: which of `keys` keys each query attends to.
 
-    positions [L] or [B, L] are the queries'. None lets SDPA use its is_causal path (the fastest on every device).
+    positions [L] or [B, L] of the queries -> bool [B or 1, 1, L, S], S = keys. None where it is
+    the plain causal triangle, for which SDPA has its fastest path (is_causal).
     """
-    if positions.dim() == 1 and slots == positions.shape[0] and (window is None or slots <= window):
+    no_past = positions.dim() == 1 and keys == len(positions)
+    if no_past and (window is None or keys <= window):
         return None
-    at = positions.view(-1, 1, positions.shape[-1], 1)  # [B or 1, 1, L, 1]
-    slot = torch.arange(slots, device=positions.device)  # [S]
-    seen = slot <= at
-    return seen if window is None else seen & (slot > at - window)
+    query = positions.view(-1, 1, positions.shape[-1], 1)  # [B or 1, 1, L, 1]
+    key = torch.arange(keys, device=positions.device)  # [S]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v.  q [B, Hq, L, D], k and v [B, Hkv, S, D], mask [B or 1, 1, L, S] or None = causal -> [B, Hq, L, D]"""
+    """softmax(q k^T / sqrt(D)) v.
+
+    q [B, Hq, L, D], k and v [B, Hkv, S, D], mask as `visible` makes it -> [B, Hq, L, D]
+    """
+    batch, heads, length, _ = q.shape
+    kv_heads = k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, is_causal=length > 1, enable_gqa=heads != kv_heads
         )
-    # The query heads of a group are stacked along the length: every SDPA backend then handles grouping, and K, V are never copied.
-    # Measured on 2 CPU cores (SmolLM2's heads, 32 rows, 1 query on 200 slots): 0.8 ms against 11.5 ms with K, V repeated.
-    batch, kv_heads, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[1]
-    stacked = q.reshape(batch, kv_heads, group * q.shape[2], -1)
-    mask = (
-        mask if q.shape[2] == 1 else mask.repeat(1, 1, group, 1)
-    )  # one query: the mask spreads by itself
-    return F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask).view(q.shape)
+    # Stack the query heads of a group along the length: each key/value head then has one, longer,
+    # query head. Every SDPA backend computes this without copying k and v for each query head.
+    # Measured on 2 CPU cores (SmolLM2's heads, 32 rows, 1 query, 200 keys): 0.8 ms, 11.5 ms if
+    # k and v are copied.
+    group = heads // kv_heads
+    stacked = q.reshape(batch, kv_heads, group * length, -1)
+    if length > 1:  # the mask of a single query broadcasts over the group
+        mask = mask.repeat(1, 1, group, 1)
+    out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask)
+    return out.reshape(q.shape)  # not view: CUDA's memory-efficient attention returns a transpose
 
 
+# ---- rotary position embedding (RoPE)
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position times every frequency, [B or 1, 1, L, D/2], computed in fp32 (positions exceed bf16's 8 bits).
+def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> Rope:
+    """positions [L] or [B, L] -> cos and sin of position * frequency, [B or 1, 1, L, D/2] each.
 
-    "llama3" scaling (Llama 3.1): wavelengths beyond original / low_freq_factor are stretched by `factor`, those below
-    original / high_freq_factor stay, the band between is interpolated.
+    Computed in fp32, then rounded to `dtype`: bf16 itself counts no further than 256.
+
+    Llama 3.1 scaling (config.rope_scaling): frequencies of fewer than `low` turns within the
+    original context are divided by `factor`, those of more than `high` stay, those between are
+    interpolated.
     """
-    exponents = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-        / config.head_dim
-    )
-    frequency = config.rope_theta**-exponents  # [D/2] radians per token
+    index = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = config.rope_theta ** -(index / config.head_dim)  # [D/2] radians per token
     if config.rope_scaling is not None:
-        factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3_ROPE)
-        turns = original * frequency / (2 * torch.pi)  # full turns within the original context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (keep + (1 - keep) / factor)
+        factor, low, high, original = [config.rope_scaling[name] for name in LLAMA3_ROPE]
+        turns = original * frequency / (2 * torch.pi)
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # 1: stays, 0: divided
+        frequency = frequency * (unscaled + (1 - unscaled) / factor)
     angle = positions.view(-1, 1, positions.shape[-1], 1).float() * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the rotate-half layout of Hugging Face weights: element i turns with element i + D/2.  x [B, heads, L, D]"""
+    """Applies RoPE to x [B, heads, L, D].
+
+    Elements i and i + D/2 form a pair that turns: the layout of Hugging Face weights, where the
+    RoPE paper pairs neighbours.
+    """
     a, b = x.chunk(2, dim=-1)  # [B, heads, L, D/2] each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -222,7 +222,7 @@ class FrozenNull:
         return self.known[example.index]
 
 
-# ---- the backward pass of a prompt whose branches ran in micro-batches ----
+# ---- the backward pass of a prompt whose branches ran in micro-batches
 def prompt_leaves(prompt: Prefill) -> Prefill:
     """The same values as leaf tensors, which collect the gradients of any number of backwards."""
     past = Prefix()
@@ -246,7 +246,7 @@ def prompt_tensors(prompt: Prefill) -> list[Tensor]:
     return [prompt.hidden, *(tensor for kv in prompt.past.kv for tensor in kv)]
 
 
-# ---- importance ratio ----
+# ---- importance ratio
 def log_ratio(scores: Scores, traces: Sequence[Trace]) -> Tensor:
     """log pi - log pi_sampler of every sampled token, [K, Z], detached; 0 beyond a trace.
 

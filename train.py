@@ -77,7 +77,7 @@ MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
 
 
-# ---- before the loop ----
+# ---- before the loop
 def initial_model(args: Args, tokenizer: Tokenizer, sharded: bool = True) -> Transformer:
     """The fp32 parameters the run starts from. A new marker starts as a copy of eos."""
     load = distributed.load_sharded if sharded else load_model
@@ -98,7 +98,7 @@ def fits(args: Args, config: Config, example: Example) -> bool:
     )
 
 
-# ---- one question: sample, score, reward, advantage ----
+# ---- one question: sample, score, reward, advantage
 def sample_groups(
     policy: Transformer, tokenizer: Tokenizer, questions: list[Example], step: int, args: Args
 ) -> list[list[Trace]]:
@@ -165,7 +165,7 @@ def group_advantages(reward: Tensor, args: Args) -> Tensor:
     return advantages(reward, "none" if relative else args.center, args.scale)
 
 
-# ---- loss and backward ----
+# ---- loss and backward
 def loss_terms(
     scores: Scores, traces: list[Trace], advantage: Tensor, omega: Tensor, args: Args
 ) -> Tensor:
@@ -235,7 +235,7 @@ def backward_in_micro_batches(
     prompt_backward(prompt, leaves)
 
 
-# ---- update ----
+# ---- update
 def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
@@ -270,7 +270,7 @@ def update(
     return norm
 
 
-# ---- the loop ----
+# ---- the loop
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
     distributed.start(args.device)

@@ -36,7 +36,7 @@ from support.weights import save_model, stored_dtype, write_json
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-# ---- the folder ----
+# ---- the folder
 def open_run(out: Path, args: dict) -> None:
     """Makes the run's folder ready to be written to, and prints the run's command.
 
@@ -104,7 +104,7 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
     on_first_rank(publish)
 
 
-# ---- checkpoints ----
+# ---- checkpoints
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints, in the order of their steps."""
     return sorted(path for path in out.glob("checkpoint-*") if path.suffix != ".tmp")

@@ -35,7 +35,7 @@ from support.weights import assign, empty_model, load_model, read_config, read_t
 T = TypeVar("T")
 
 
-# ---- ranks ----
+# ---- ranks
 def launched() -> bool:
     """Whether torchrun started this process (other launchers also set RANK and WORLD_SIZE)."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -104,7 +104,7 @@ def stop() -> None:
         os._exit(0)
 
 
-# ---- communication of small things; all ranks must call ----
+# ---- communication of small things; all ranks must call
 def gather_objects(value: T) -> list[T]:
     """The values of all ranks, in the order of the ranks."""
     values = [value] * world_size()
@@ -131,7 +131,7 @@ def on_first_rank(action: Callable[[], None]) -> None:
         raise InputError(refusal)
 
 
-# ---- which questions are whose ----
+# ---- which questions are whose
 def equal_parts(items: list[T], count: int) -> list[list[T]]:
     """`items` cut into `count` lists of equal length, in order."""
     size = len(items) // count
@@ -169,7 +169,7 @@ def mean_over_ranks(figures: dict[str, float], count: int) -> dict[str, float]:
     return {name: sum(count * means[name] for count, means in parts) / total for name in names}
 
 
-# ---- sharded parameters ----
+# ---- sharded parameters
 def load_sharded(path: str | Path, device: str) -> Transformer:
     """The fp32 model in directory `path`, its tensors split by rows over the ranks.
 
@@ -226,7 +226,7 @@ def copy_token_rows(model: Transformer, token: int, source: int) -> None:
     model.config.vocab_size = len(model.embed_tokens.weight)
 
 
-# ---- the gathered view ----
+# ---- the gathered view
 def gathered_view(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The whole parameters in `dtype`, as a model that samples, scores and collects gradients.
 

@@ -47,7 +47,7 @@ from sample import Trace
 from support.distributed import rank
 
 
-# ---- figures ----
+# ---- figures
 def question_figures(
     scores: Scores,
     traces: list[Trace],
@@ -177,7 +177,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---- the log ----
+# ---- the log
 CONSOLE = {
     "reward_mean": "reward {:.3f}",
     "gain": "gain {:+.2f}",

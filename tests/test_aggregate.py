@@ -35,7 +35,7 @@ CASES = {  # name: (probabilities c [K][T], null probabilities [T])
 }
 
 
-# ---- the references ----
+# ---- the references
 def joint(c: list[list[float]]) -> float:
     return math.log(statistics.fmean(math.prod(row) for row in c))
 
@@ -102,7 +102,7 @@ def rounding(logp: torch.Tensor, null_logp: torch.Tensor) -> float:
     )
 
 
-# ---- reward and weight ----
+# ---- reward and weight
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -230,7 +230,7 @@ def test_an_unknown_aggregator_is_refused_in_one_line_that_names_the_known():
     assert "\n" not in text and "'geometric'" in text and all(name in text for name in AGGREGATORS)
 
 
-# ---- advantages ----
+# ---- advantages
 REWARDS = [0.3, -1.2, 0.8, 2.5, 0.31]
 BY_HAND = {
     ("mean", "std"): lambda r, k: (r[k] - statistics.fmean(r)) / statistics.stdev(r),

@@ -114,7 +114,7 @@ def alone(tmp_path_factory) -> Path:
     return out
 
 
-# ---- one is two ----
+# ---- one is two
 @pytest.mark.parametrize(
     ("count", "flags"),
     [
@@ -172,7 +172,7 @@ def test_every_row_belongs_to_one_rank_where_torch_expects_it(rows, ranks):
     assert ours == chunks + [[]] * (ranks - len(chunks))
 
 
-# ---- interruption ----
+# ---- interruption
 def workers(agent: int) -> list[int]:
     """The processes torchrun has started, its children."""
     found = []
@@ -263,7 +263,7 @@ def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(a
     assert_same_run(tmp_path / "killed", alone)
 
 
-# ---- refusals ----
+# ---- refusals
 def test_restarts_of_several_nodes_are_refused_where_they_would_wait_for_processes_that_are_gone(
     tmp_path,
 ):
@@ -307,7 +307,7 @@ def test_several_processes_refuse_with_one_line_between_them(alone):
     assert 'train.py", line' not in output
 
 
-# ---- the copy ----
+# ---- the copy
 def test_one_process_in_fp32_computes_with_the_weights_themselves_and_in_bf16_with_a_copy():
     model = load_model(ROOT / "examples/hops/base")
     assert gathered_view(model, torch.float32) is model

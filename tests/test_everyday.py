@@ -1,4 +1,5 @@
-"""examples/everyday: the committed rows are those of make.py, test shares nothing with train, and what can be computed is right."""
+"""examples/everyday: the committed rows are those of make.py, no fact of a test row is in train,
+and the computed answers are right."""
 
 import importlib.util
 import json
@@ -18,11 +19,12 @@ make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
 TEXT = {name: (FOLDER / name).read_text(encoding="utf-8") for name in ("train.jsonl", "test.jsonl")}
-TRAIN, TEST = ([json.loads(line) for line in text.splitlines()] for text in TEXT.values())
+TRAIN = [json.loads(line) for line in TEXT["train.jsonl"].splitlines()]
+TEST = [json.loads(line) for line in TEXT["test.jsonl"].splitlines()]
 ROWS = TRAIN + TEST
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ---- files
 def test_the_committed_files_are_what_make_writes():
     assert make.make_files() == TEXT
     assert (len(TRAIN), len(TEST)) == (600, 100)
@@ -31,23 +33,20 @@ def test_the_committed_files_are_what_make_writes():
 @pytest.mark.parametrize("name", TEXT)
 def test_every_row_parses(name):
     for number, line in enumerate((FOLDER / name).read_bytes().splitlines(), start=1):
-        turns, gold = parse_row(line, f"{name}:{number}")
-        assert json.loads(line) == {
-            "question": turns[0],
-            "answer": gold,
-        }  # nothing to strip, nothing besides
+        (question,), gold = parse_row(line, f"{name}:{number}")
+        # Nothing to strip, no other field.
+        assert json.loads(line) == {"question": question, "answer": gold}
 
 
 def test_questions_and_answers_are_a_sentence_or_two():
     for row in ROWS:
         assert 10 <= len(row["question"].split()) <= 60, row
         assert 8 <= len(row["answer"].split()) <= 30, row
-        assert re.fullmatch(r"[A-Z].*\.", row["answer"]) and re.search(r"[.?]$", row["question"]), (
-            row
-        )
+        assert re.fullmatch(r"[A-Z].*\.", row["answer"]), row
+        assert re.search(r"[.?]$", row["question"]), row
 
 
-# ---------------------------------------------------------------------------------------------------------------- train and test
+# ---- train and test
 def test_no_question_is_asked_twice():
     assert len({row["question"].lower() for row in ROWS}) == len(ROWS)
 
@@ -56,17 +55,17 @@ def test_train_and_test_rest_on_different_facts():
     _, tested = make.make_rows(make.TEST, seed=1, taken=set())
     _, trained = make.make_rows(make.TRAIN, seed=2, taken=tested)
     assert len(tested) == make.TEST and not tested & trained
-    for fact in [what for what, _ in make.CAUSES + make.ADVICE] + [
-        like for _, like in make.THINGS
-    ]:  # the same, seen from the text
-        asked = [
-            any(
-                fact in row["question"].lower() or make.capital(fact) in row["question"]
-                for row in rows
-            )
-            for rows in (TRAIN, TEST)
-        ]
-        assert asked != [True, True], fact
+    # The same, from the text of the questions.
+    facts = [what for what, _ in make.CAUSES + make.ADVICE]
+    facts += [clue for _, clue in make.THINGS]
+    for fact in facts:
+        assert not (occurs(fact, TRAIN) and occurs(fact, TEST)), fact
+
+
+def occurs(fact: str, rows: list[dict]) -> bool:
+    """Whether a question has the fact in it, also at the beginning of a sentence."""
+    questions = [row["question"] for row in rows]
+    return any(fact in question.lower() or make.capital(fact) in question for question in questions)
 
 
 def test_no_word_of_facts_txt_belongs_to_two_groups_or_two_opposites():
@@ -74,35 +73,34 @@ def test_no_word_of_facts_txt_belongs_to_two_groups_or_two_opposites():
         assert max(Counter(word for words in sets for word in words).values()) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- answers
-# Each solver works an answer out from the words of the question alone, in another way than make.py makes it.
-ONES = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+# ---- answers
+# A solver works the answer out from the words of the question, in another way than make.py.
+ONES = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
 NUMBERS = {word: n for n, word in enumerate(ONES, start=1)}
-for tens, word in enumerate(
-    "twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2
-):
-    NUMBERS |= {word: 10 * tens} | {
-        f"{word}-{one}": 10 * tens + n for n, one in enumerate(ONES[:9], start=1)
-    }
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+for tens, word in zip(range(20, 100, 10), TENS, strict=True):
+    NUMBERS[word] = tens
+    for n, one in enumerate(ONES[:9], start=1):
+        NUMBERS[f"{word}-{one}"] = tens + n
 
 
 def numbers(text: str) -> list[int]:
-    return [
-        NUMBERS[word]
-        for word in re.findall(r"[a-z-]+", re.sub("-(pound|dollar|euro)", r" \1", text.lower()))
-        if word in NUMBERS
-    ]
+    """The numbers that a text has in words, in order."""
+    text = re.sub("-(pound|dollar|euro)", r" \1", text.lower())
+    return [NUMBERS[word] for word in re.findall(r"[a-z-]+", text) if word in NUMBERS]
 
 
 def found(words: list[str], text: str) -> list[str]:
+    """Which of `words` a text has, in order."""
     return re.findall(rf"\b(?:{'|'.join(words)})\b", text)
 
 
 def right_change(question: str, answer: str) -> bool:
     *costs, paid = numbers(question)
-    several = re.search(
-        r"each|One \w+ costs", question
-    )  # "five, one for three" or "three each, five of them"
+    several = re.search(r"each|One \w+ costs", question)  # price and count, in either order
     spent = costs[0] * costs[-1] if several else sum(costs)
     return numbers(re.search(r"[a-z-]+ (?=pound|dollar|euro)", answer)[0]) == [paid - spent]
 
@@ -117,8 +115,11 @@ def right_order(question: str, answer: str) -> bool:
     three = sorted({x for pair in pairs for x in pair})
     (ranked,) = [p for p in permutations(three) if all(p.index(a) < p.index(b) for a, b in pairs)]
     asked = re.search(r"is the (\w+)est of", question)
-    place = 1 if asked is None else 2 if asked[1] in small else 0
-    return found(three, answer.replace("The ", "the "))[0] == ranked[place]
+    if asked is None:
+        right = ranked[1]
+    else:
+        right = ranked[2] if asked[1] in small else ranked[0]
+    return found(three, answer.replace("The ", "the "))[0] == right
 
 
 def right_weekday(question: str, answer: str) -> bool:
@@ -129,29 +130,24 @@ def right_weekday(question: str, answer: str) -> bool:
         "tomorrow": 1,
         "the day after tomorrow": 2,
     }
-    (start,), steps, named = (
-        found(days, question),
-        numbers(question),
-        found(sorted(near, key=len)[::-1], question.lower()),
-    )
+    (start,) = found(days, question)
+    named = found(sorted(near, key=len, reverse=True), question.lower())  # longest match first
     if named:
         shift = near[named[1]] - near[named[0]]
     else:
-        shift = steps[0] * (-1 if found(["before", "back", "ago"], question) else 1)
-    return {start, *found(days, answer)} == {
-        start,
-        (date(2024, 1, 1 + days.index(start)) + timedelta(days=shift)).strftime("%A"),
-    }
+        (steps,) = numbers(question)
+        shift = -steps if found(["before", "back", "ago"], question) else steps
+    right = date(2024, 1, 1 + days.index(start)) + timedelta(days=shift)
+    return {start, *found(days, answer)} == {start, right.strftime("%A")}
 
 
 def right_month(question: str, answer: str) -> bool:
     months = [date(2024, n, 1).strftime("%B") for n in range(1, 13)]
-    (start,), (steps,) = found(months, question), numbers(question)
-    shift = steps * (-1 if found(["before", "earlier", "ago"], question) else 1)
-    return {start, *found(months, answer)} == {
-        start,
-        (months * 3)[12 + months.index(start) + shift],
-    }
+    (start,) = found(months, question)
+    (steps,) = numbers(question)
+    shift = -steps if found(["before", "earlier", "ago"], question) else steps
+    right = (months * 3)[12 + months.index(start) + shift]
+    return {start, *found(months, answer)} == {start, right}
 
 
 def right_turns(question: str, answer: str) -> bool:
@@ -164,14 +160,14 @@ def right_turns(question: str, answer: str) -> bool:
 
 
 def right_letters(question: str, answer: str) -> bool:
-    word, letter = re.search(r"(\w+)[,.?]", question)[1], re.search(r"the letter (\w)\b", question)
-    place = found(["second", "third", "fourth", "fifth"], question)
+    word = re.search(r"(\w+)[,.?]", question)[1]
+    letter = re.search(r"the letter (\w)\b", question)
+    ordinals = ["first", "second", "third", "fourth", "fifth"]
+    ordinal = found(ordinals, question)
     if letter:
         return {1: "once", 2: "twice", 3: "three times"}[word.count(letter[1])] in answer
-    if place:
-        return answer.endswith(
-            f" is {word[' second third fourth fifth'.split(' ').index(place[0])]}."
-        )
+    if ordinal:
+        return answer.endswith(f" is {word[ordinals.index(ordinal[0])]}.")
     return numbers(answer.replace(word, "")) == [len(word)]
 
 

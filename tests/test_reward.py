@@ -49,7 +49,7 @@ def tiny(kind: str = "grouped-query, tied", dtype: torch.dtype = torch.float64) 
     return model.to(dtype)
 
 
-# ---- the reference ----
+# ---- the reference
 def body_and_actions(trace: list[int] | Trace) -> tuple[list[int], list[int]]:
     """What stands before the marker, and what was sampled."""
     if isinstance(trace, Trace):
@@ -166,7 +166,7 @@ def assert_same_scores(got: Scores, expected: Scores, rows: list[int] | None = N
         assert not got.entropy[rows, width:].any()
 
 
-# ---- once = repeated ----
+# ---- once = repeated
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", MODELS)
 def test_prompt_once_equals_prompt_repeated(kind, temperature):
@@ -243,7 +243,7 @@ def test_plain_sft_is_one_empty_unfinished_trace():
     assert_same_gradients(gradients(model, f(scores)), gradients(model, f(full)))
 
 
-# ---- the marker ----
+# ---- the marker
 def test_a_forced_marker_is_scored_like_a_sampled_one_but_is_no_token_of_the_trace():
     model = tiny()
     scores = score(model, PROMPT, [[8, 2, MARKER], [8, 2]], ANSWER, MARKER, entropy=True)
@@ -295,7 +295,7 @@ def test_traces_are_read_from_trace_objects_and_from_lists_alike():
     assert [trace.ids for trace in objects] == traces  # and they are left as they were
 
 
-# ---- invariances ----
+# ---- invariances
 def test_neither_values_nor_gradients_depend_on_padding():
     """A very long trace beside them pads the others to its length."""
     model, f = tiny(), functional()
@@ -438,7 +438,7 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
     assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in distinct)
 
 
-# ---- temperature, entropy ----
+# ---- temperature, entropy
 def test_temperature_is_the_sampling_distributions_and_leaves_the_answer_alone():
     model = tiny()
     cold, warm = (score(model, PROMPT, TRACES, ANSWER, MARKER, temperature=t) for t in (0.7, 1.0))
@@ -468,7 +468,7 @@ def test_entropy_is_detached_and_only_made_when_asked_for():
     assert score(tiny(), PROMPT, TRACES, ANSWER, MARKER).entropy is None
 
 
-# ---- modes and dtypes ----
+# ---- modes and dtypes
 @pytest.mark.parametrize("size", [0, 2])
 def test_the_forward_that_scores_is_the_forward_that_trains(size):
     model = tiny()

@@ -91,7 +91,7 @@ def credit(scores: Scores, args: Args) -> tuple[torch.Tensor, torch.Tensor, torc
     return reward, group_advantages(reward, args), omega
 
 
-# ---- the estimator ----
+# ---- the estimator
 def every_trace(limit: int = 3) -> list[Trace]:
     """All that sampling can return: ended by the marker, by eos (a cut token), or at the limit."""
     traces = []
@@ -194,7 +194,7 @@ def test_leave_one_out_over_all_pairs_of_traces_is_the_gradient_of_J(name):
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
 
-# ---- one group ----
+# ---- one group
 EXAMPLE = Example(index=0, prompt=PROMPT, answer=ANSWER, question="", gold="")
 
 
@@ -408,7 +408,7 @@ def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answe
     assert torch.allclose(weight, torch.tensor([[math.exp(-1) / 2] * 2, [0.0] * 2]))
 
 
-# ---- whole runs ----
+# ---- whole runs
 WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
 # The stable names: dashboards and scripts rely on them.
 KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think
@@ -655,7 +655,7 @@ def test_every_flag_is_used():
     assert not unused
 
 
-# ---- interruption ----
+# ---- interruption
 def start(out: Path, *flags: str) -> subprocess.Popen:
     brief = [
         text
@@ -736,7 +736,7 @@ def test_resuming_forgets_what_was_logged_after_the_checkpoint_half_a_line_inclu
     assert not list(out.glob("*.tmp"))
 
 
-# ---- NaN ----
+# ---- NaN
 def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_the_run(
     tmp_path, monkeypatch
 ):
@@ -759,7 +759,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_three_in_a_row_stop_th
     assert all(p.isfinite().all() for p in weights(tmp_path / "run/checkpoint-000005").values())
 
 
-# ---- bad input ----
+# ---- bad input
 def refusal(capsys, *argv: str) -> str:
     """What `train.py ARGV` prints when it refuses: checks that it is one line, exit code 2."""
     with pytest.raises(SystemExit) as stop:

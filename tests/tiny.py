@@ -1,4 +1,5 @@
-"""Tiny models and tokenizers for tests: built in a millisecond, with outputs far enough from uniform that mistakes show."""
+"""Tiny models and tokenizers for tests: made in a millisecond, with outputs far from uniform, so
+that mistakes show."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ SIZES = {
 
 @torch.no_grad()
 def model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
-    """A random model of SIZES; `changes` are fields of Config."""
+    """A random model of SIZES. `changes` are fields of Config."""
     made = Transformer(Config(**{**SIZES, **changes})).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
@@ -33,25 +34,23 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Trans
 
 @torch.no_grad()
 def chain(logits: Tensor) -> Transformer:
-    """A Markov chain as a transformer: after token i the next token's logits are logits[i].  logits [V, V]
+    """A Markov chain as a transformer: after token i the logits are logits[i].  logits [V, V]
 
-    Attention and MLP add nothing; the embedding is one-hot, so that the head reads a row of the table.
+    Attention and MLP add nothing, the embedding is one-hot, and lm_head is the table.
     """
     vocab = len(logits)
-    width = vocab + vocab % 2
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    made = model(dtype=torch.float64, **sizes, rms_norm_eps=1e-15)
+    width = vocab + vocab % 2  # head_dim must be even
+    made = model(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-15,
+    )
     for parameter in made.layers.parameters():
         parameter.zero_()
-    made.norm.weight.fill_(
-        width**-0.5
-    )  # undoes the norm: a one-hot vector comes back as it went in
+    made.norm.weight.fill_(width**-0.5)  # a one-hot vector then passes the norm unchanged
     made.embed_tokens.weight.copy_(torch.eye(vocab, width))
     made.lm_head.weight.zero_()
     made.lm_head.weight[:, :vocab] = logits.double().T
@@ -65,21 +64,21 @@ def tokenizer_dir(
     eos: object = "<eos>",
     bos: str = "",
 ) -> Path:
-    """A directory with a tokenizer of whole words, ids in the order special, words; decoded text has a space between words.
+    """A directory with a tokenizer of whole words; decoded text has a space between words.
 
-    eos: what tokenizer_config.json says of it; None: there is no such file. bos: put in front of every text, as Llama's tokenizers do.
+    Ids are in the order special, words. eos: the eos_token of tokenizer_config.json, None for no
+    such file. bos: is put in front of every text, as by Llama's tokenizers.
     """
     names = [*special, *words]
-    made = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0])
-    )
+    vocab = {name: i for i, name in enumerate(names)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=names[0]))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(
         [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
     )
     if bos:
         made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, names.index(bos))]
+            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
         )
     path.mkdir(parents=True, exist_ok=True)
     made.save(str(path / "tokenizer.json"))

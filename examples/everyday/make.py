@@ -1,30 +1,33 @@
-"""Everyday questions with sentence-long answers: real words for a small instruction-tuned model to learn to think about on a CPU.
+"""Everyday questions with sentence-long answers, for a small instruction-tuned model on a CPU.
 
     question   You stand facing north. You turn left, then turn left. Which way are you facing now?
     answer     After the two turns you are facing south, having started out facing north.
 
-Sixteen kinds of question, from change in a shop to a stuck jam jar, each worded in several ways. They are meant to be hard to answer at
-once for a model of 135M parameters, and easier after a line of thought (which way after one turn? what is the sum so far?). Most of an
-answer is filler that follows anyway; the word or two that need thought are what a reward should find. Some answers (household advice,
-causes) have no rule that could check them, as in the data this method is for.
+Sixteen kinds of question, each in several wordings. They should be hard to answer at once for a
+model of 135M parameters, and easier after a line of thought (which way after one turn? what is the
+sum so far?). Most of an answer is filler that any model predicts; the reward should find the one or
+two words that need thought. Some answers (household advice, causes) cannot be checked by a rule, as
+in the data this method is for.
 
     python examples/everyday/make.py            writes train.jsonl and test.jsonl beside this file
 
-Deterministic, standard library only. What can be computed is; the rest stands in facts.txt. Every row knows the fact it rests on (the
-numbers, the word, the line of facts.txt), and no fact of a test row is asked about in train.jsonl, in whatever words.
-Everything here was written for this repository (Apache-2.0); no text was taken from elsewhere, and the people are made up.
+Deterministic, standard library only. Answers are computed where they can be; the rest is in
+facts.txt. Every row has a fact it rests on (the numbers, the word, the line of facts.txt), and no
+fact of a test row occurs in train.jsonl, in any wording. All text was written for this repository
+(Apache-2.0), and the people are made up.
 """
 
+import itertools
 import json
 import random
-from itertools import permutations
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TEST, TRAIN = 100, 600
 
 SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
 ).split()
 TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 TIMES = ["never", "once", "twice", "three times", "four times"]
@@ -35,14 +38,12 @@ MONTHS = (
 )
 COMPASS = "north east south west".split()
 TURNS = {"left": -1, "right": 1, "around": 2}  # quarters of a circle, clockwise
-WOMEN, MEN = (
-    "Mia Rosa Nora Lena Ivy Clara Ella Zoe".split(),
-    "Tom Ben Omar Paul Max Hugo Leo Finn".split(),
-)
+WOMEN = "Mia Rosa Nora Lena Ivy Clara Ella Zoe".split()
+MEN = "Tom Ben Omar Paul Max Hugo Leo Finn".split()
 PEOPLE = dict.fromkeys(WOMEN, "she") | dict.fromkeys(MEN, "he")
 NAMES = list(PEOPLE)
 
-GOODS = {  # how a thing is bought, how it is spoken of afterwards
+GOODS = {  # a thing when it is bought: the same thing afterwards
     "a loaf of bread": "the bread",
     "a carton of milk": "the milk",
     "a bag of apples": "the apples",
@@ -120,7 +121,9 @@ UNITS = [  # larger, smaller, how many of them, in steps of, something so large
     ("yard", "foot", 3, 1, "A garden fence is {} long"),
 ]
 PLURALS = {"foot": "feet", "inch": "inches"}
-TABLES = [  # heading, rows, (unit, from, to), (most, least), question, its answers, question of a difference, its answers
+# heading, names of rows, (unit, lowest, highest), (most, least), question for an end, its answers,
+# question for a difference, its answers
+TABLES = [
     (
         "The market sells fruit at these prices per kilo",
         ["apples", "pears", "plums", "cherries", "grapes", "peaches", "figs"],
@@ -188,7 +191,7 @@ TABLES = [  # heading, rows, (unit, from, to), (most, least), question, its answ
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# ---- words
 def spell(n: int) -> str:
     """A number below 10000 in words: 2145 is two thousand one hundred and forty-five."""
     if n < 20:
@@ -222,13 +225,12 @@ def listed(words: list[str], last: str = "and") -> str:
 def clock(minute: int) -> str:
     """A time of day, in minutes after twelve, as people say it: 100 is twenty to two."""
     hour, minute = divmod(minute % 720, 60)
-    said = {0: "", 15: "quarter", 30: "half"}.get(minute if minute <= 30 else 60 - minute) or spell(
-        min(minute, 60 - minute)
-    )
-    hours = [SMALL[hour or 12], SMALL[hour + 1]]
+    this_hour = SMALL[hour or 12]
     if minute == 0:
-        return f"{hours[0]} o'clock"
-    return f"{said} past {hours[0]}" if minute <= 30 else f"{said} to {hours[1]}"
+        return f"{this_hour} o'clock"
+    distance = min(minute, 60 - minute)  # to the nearest full hour
+    said = {15: "quarter", 30: "half"}.get(distance) or spell(distance)
+    return f"{said} past {this_hour}" if minute <= 30 else f"{said} to {SMALL[hour + 1]}"
 
 
 def duration(minutes: int) -> str:
@@ -237,13 +239,13 @@ def duration(minutes: int) -> str:
 
 
 def facts(kind: str) -> list[str]:
-    """The lines of facts.txt that tell of this kind."""
+    """The lines of facts.txt of this kind."""
     lines = (HERE / "facts.txt").read_text(encoding="utf-8").splitlines()
     return [line.removeprefix(f"{kind}: ") for line in lines if line.startswith(f"{kind}: ")]
 
 
 def read_groups() -> list[tuple[str, str, list[str]]]:
-    """(one of them, many of them, words) of every group."""
+    """(singular, plural, words) of every group."""
     groups = []
     for line in facts("group"):
         names, words = line.split(": ")
@@ -253,23 +255,22 @@ def read_groups() -> list[tuple[str, str, list[str]]]:
 
 GROUPS = read_groups()
 OPPOSITES = [line.split(" / ") for line in facts("opposite")]
-STEPS = [
-    (doing, steps.split(" > ")) for doing, steps in (line.split(": ") for line in facts("steps"))
-]
+STEPS = [line.split(": ") for line in facts("steps")]  # what is done, its steps
 CAUSES = [line.split(" | ") for line in facts("cause")]
 ADVICE = [line.split(" | ") for line in facts("advice")]
 THINGS = [line.split(" | ") for line in facts("thing")]
 SPELLABLE = [word for _, _, words in GROUPS for word in words if word.islower() and len(word) >= 5]
 
 
-# ---------------------------------------------------------------------------------------------------------------- computed kinds
-# Each kind is a function of rng alone: (question, answer, the fact it rests on).
+# ---- computed kinds
+# A kind is a function of rng alone -> (question, answer, the fact it rests on).
 Row = tuple[str, str, object]
 
 
 def change(rng: random.Random) -> Row:
     """What is left after buying two things, or several of one."""
-    name, coin = rng.choice(NAMES), rng.choice(["pound", "dollar", "euro"])
+    name = rng.choice(NAMES)
+    coin = rng.choice(["pound", "dollar", "euro"])
     she = PEOPLE[name]
     if rng.random() < 0.6:
         (this, spoken_of), (that, also) = rng.sample(sorted(GOODS.items()), 2)
@@ -281,19 +282,23 @@ def change(rng: random.Random) -> Row:
         ]
         bought = f"{spoken_of} and {also}"
     else:
-        many, (things, thing) = rng.randrange(2, 6), rng.choice(sorted(EACH.items()))
+        many = rng.randrange(2, 6)
+        things, thing = rng.choice(sorted(EACH.items()))
         costs = [rng.randrange(2, 7)] * many
+        each = plural(costs[0], coin)
         told = [
-            f"{things} cost {plural(costs[0], coin)} each, and {name} buys {spell(many)} of them.",
-            f"{name} wants {plural(many, thing)}. One {thing} costs {plural(costs[0], coin)}.",
+            f"{things} cost {each} each, and {name} buys {spell(many)} of them.",
+            f"{name} wants {plural(many, thing)}. One {thing} costs {each}.",
         ]
         bought = f"the {plural(many, thing)}"
     paid = rng.choice([note for note in (10, 20, 50) if note > sum(costs)])
     left = plural(paid - sum(costs), coin)
     question = rng.choice(told) + rng.choice(
         [
-            f" {capital(she)} pays with a {spell(paid)}-{coin} note. How much change does {she} get?",
-            f" {capital(she)} had {plural(paid, coin)} before. How much money does {she} have left afterwards?",
+            f" {capital(she)} pays with a {spell(paid)}-{coin} note. "
+            f"How much change does {she} get?",
+            f" {capital(she)} had {plural(paid, coin)} before. "
+            f"How much money does {she} have left afterwards?",
         ]
     )
     answer = rng.choice(
@@ -308,23 +313,25 @@ def change(rng: random.Random) -> Row:
 
 def ages(rng: random.Random) -> Row:
     x, y, z = rng.sample(NAMES, 3)
-    first, gap, other = rng.randrange(4, 13), rng.randrange(1, 7), rng.randrange(1, 4)
+    first = rng.randrange(4, 13)
+    gap = rng.randrange(1, 7)
+    other = rng.randrange(1, 4)
     second = first + gap
     start = f"{x} is {plural(first, 'year')} old. {y} is {plural(gap, 'year')} older than {x}"
     form = rng.choice(["younger", "older", "twice", "future"])
     if form == "twice":
-        question, old = f"{start}, and {z} is twice as old as {y}. How old is {z}?", 2 * second
+        question = f"{start}, and {z} is twice as old as {y}. How old is {z}?"
+        old = 2 * second
     elif form == "future":
-        question, old = (
-            f"{start}. How old will {y} be in {plural(other, 'year')} from now?",
-            second + other,
-        )
+        question = f"{start}. How old will {y} be in {plural(other, 'year')} from now?"
+        old = second + other
     else:
         question = f"{start}, and {z} is {plural(other, 'year')} {form} than {y}. How old is {z}?"
         old = second - other if form == "younger" else second + other
     if form == "future":
         answers = [
-            f"{y} will be {plural(old, 'year')} old by then, because now {PEOPLE[y]} is {spell(second)}.",
+            f"{y} will be {plural(old, 'year')} old by then, "
+            f"because now {PEOPLE[y]} is {spell(second)}.",
             f"{y} will be {plural(old, 'year')} old when that time has passed.",
         ]
     else:
@@ -357,36 +364,35 @@ def order(rng: random.Random) -> Row:
             f"{capital(b)} comes in the middle, because {a} is {more} and {c} is {less}.",
         ]
     else:
-        best, than = (most, more) if place == 0 else (least, less)
-        x, rest = ranked[place], [y for y in ranked if y != ranked[place]]
+        best, than, others = (most, more, less) if place == 0 else (least, less, more)
+        x = ranked[place]
+        rest = [y for y in ranked if y != x]
         question = f"{told} {who} is the {best} of the three?"
         answers = [
             f"{capital(x)} is the {best} of the three, according to the two clues.",
             f"Of the three, {x} is the {best}, {than} than both {listed(rng.sample(rest, 2))}.",
-            f"The {best} of them all must be {x}, since the others are both {less if place == 0 else more}.",
+            f"The {best} of them all must be {x}, since the others are both {others}.",
         ]
     return question, rng.choice(answers), (more, ranked, place)
 
 
 def weekday(rng: random.Random) -> Row:
-    start, event, later = (
-        rng.randrange(7),
-        rng.choice(EVENTS),
-        rng.choice(["the day after tomorrow", "tomorrow"]),
-    )
-    day, form = DAYS[start], rng.choice(["event", "count", "near"])
-    n, sign = rng.randrange(2, 12), rng.choice([1, -1])
+    start = rng.randrange(7)
+    event = rng.choice(EVENTS)
+    later = rng.choice(["the day after tomorrow", "tomorrow"])
+    day = DAYS[start]
+    form = rng.choice(["event", "count", "near"])
+    n = rng.randrange(2, 12)
+    sign = rng.choice([1, -1])
     if form == "near":  # from one named day to another
         here, there = rng.choice([("yesterday", later), ("the day before yesterday", "tomorrow")])
-        shift = sum(
-            {
-                "yesterday": 1,
-                "the day before yesterday": 2,
-                "tomorrow": 1,
-                "the day after tomorrow": 2,
-            }[x]
-            for x in (here, there)
-        )
+        distance = {
+            "yesterday": 1,
+            "the day before yesterday": 2,
+            "tomorrow": 1,
+            "the day after tomorrow": 2,
+        }
+        shift = distance[here] + distance[there]
         was, will = ("was", "will it be") if sign == 1 else ("is", "was it")
         if sign == -1:
             here, there = there, here
@@ -405,16 +411,16 @@ def weekday(rng: random.Random) -> Row:
         return question, rng.choice(answers), (day, sign * shift)
     target = DAYS[(start + sign * n) % 7]
     if form == "count":
-        way = "after" if sign == 1 else "before"
+        way, direction = ("after", "forward") if sign == 1 else ("before", "back")
         question = rng.choice(
             [
                 f"Which day of the week comes {spell(n)} days {way} {day}?",
-                f"Start from {day} and count {spell(n)} days {'forward' if sign == 1 else 'back'}. Which day do you reach?",
+                f"Start from {day} and count {spell(n)} days {direction}. Which day do you reach?",
             ]
         )
         answers = [
             f"The day that comes {spell(n)} days {way} {day} is a {target}.",
-            f"Counting {spell(n)} days {'forward' if sign == 1 else 'back'} from {day} brings us to a {target}.",
+            f"Counting {spell(n)} days {direction} from {day} brings us to a {target}.",
         ]
     elif sign == 1:
         question = f"Today is {day}. {capital(event)} is in {spell(n)} days. " + rng.choice(
@@ -436,14 +442,20 @@ def weekday(rng: random.Random) -> Row:
 
 
 def month(rng: random.Random) -> Row:
-    start, n, sign = rng.randrange(12), rng.randrange(2, 9), rng.choice([1, -1])
-    there, name = MONTHS[(start + sign * n) % 12], rng.choice(NAMES)
-    here, she, many = MONTHS[start], PEOPLE[name], f"{spell(n)} months"
+    start = rng.randrange(12)
+    n = rng.randrange(2, 9)
+    sign = rng.choice([1, -1])
+    name = rng.choice(NAMES)
+    here = MONTHS[start]
+    there = MONTHS[(start + sign * n) % 12]
+    she = PEOPLE[name]
+    many = f"{spell(n)} months"
     if sign == 1:
         question, answers = rng.choice(
             [
                 (
-                    f"{name} moved house in {here} and got a dog {many} later. In which month did {she} get the dog?",
+                    f"{name} moved house in {here} and got a dog {many} later. "
+                    f"In which month did {she} get the dog?",
                     [
                         f"{name} got the dog in {there}, {many} after moving house.",
                         f"The dog came in {there}, because {she} moved in {here}.",
@@ -457,7 +469,8 @@ def month(rng: random.Random) -> Row:
                     ],
                 ),
                 (
-                    f"It is {here} now, and the new bridge opens in {many}. Which month will that be?",
+                    f"It is {here} now, and the new bridge opens in {many}. "
+                    "Which month will that be?",
                     [
                         f"The new bridge opens in {there}, {many} after {here}.",
                         f"That will be {there}, because now it is {here}.",
@@ -469,7 +482,8 @@ def month(rng: random.Random) -> Row:
         question, answers = rng.choice(
             [
                 (
-                    f"The bakery opened in {here}. The builders had begun {many} earlier. In which month did they begin?",
+                    f"The bakery opened in {here}. The builders had begun {many} earlier. "
+                    "In which month did they begin?",
                     [
                         f"The builders began in {there}, {many} before the bakery opened.",
                         f"They began in {there}, as the bakery opened in {here}.",
@@ -483,7 +497,8 @@ def month(rng: random.Random) -> Row:
                     ],
                 ),
                 (
-                    f"It is {here} now, and {name} learnt to swim {many} ago. Which month was that?",
+                    f"It is {here} now, and {name} learnt to swim {many} ago. "
+                    "Which month was that?",
                     [
                         f"{name} learnt to swim in {there}, {many} before {here}.",
                         f"That was in {there}, because now it is {here}.",
@@ -496,19 +511,16 @@ def month(rng: random.Random) -> Row:
 
 def hours(rng: random.Random) -> Row:
     """When it ends, when it has to begin, how long it takes."""
-    begin, minutes = rng.randrange(0, 720, 5), rng.randrange(20, 121, 5)
-    start, end, long, name = (
-        clock(begin),
-        clock(begin + minutes),
-        duration(minutes),
-        rng.choice(NAMES),
-    )
-    she, show, place, chore = (
-        PEOPLE[name],
-        rng.choice(SHOWS),
-        rng.choice(PLACES),
-        rng.choice(CHORES),
-    )
+    begin = rng.randrange(0, 720, 5)
+    minutes = rng.randrange(20, 121, 5)
+    start = clock(begin)
+    end = clock(begin + minutes)
+    long = duration(minutes)
+    name = rng.choice(NAMES)
+    she = PEOPLE[name]
+    show = rng.choice(SHOWS)
+    place = rng.choice(PLACES)
+    chore = rng.choice(CHORES)
     question, answers = rng.choice(
         [
             (
@@ -526,8 +538,10 @@ def hours(rng: random.Random) -> Row:
             (
                 rng.choice(
                     [
-                        f"{name} has to be at {place} at {end}. The way there takes {long}. When should {she} leave home at the latest?",
-                        f"It takes {name} {long} to get to {place}. When must {she} set off to be there at {end}?",
+                        f"{name} has to be at {place} at {end}. The way there takes {long}. "
+                        f"When should {she} leave home at the latest?",
+                        f"It takes {name} {long} to get to {place}. "
+                        f"When must {she} set off to be there at {end}?",
                     ]
                 ),
                 [
@@ -538,8 +552,10 @@ def hours(rng: random.Random) -> Row:
             (
                 rng.choice(
                     [
-                        f"{name} started {chore} at {start} and finished at {end}. How long did it take?",
-                        f"From {start} until {end}, {name} was busy {chore}. For how long was that?",
+                        f"{name} started {chore} at {start} and finished at {end}. "
+                        "How long did it take?",
+                        f"From {start} until {end}, {name} was busy {chore}. "
+                        "For how long was that?",
                     ]
                 ),
                 [
@@ -554,10 +570,13 @@ def hours(rng: random.Random) -> Row:
 
 def units(rng: random.Random) -> Row:
     large, small, factor, step, saying = rng.choice(UNITS)
-    many, more = rng.randrange(1, 5), rng.randrange(step, factor, step)
+    many = rng.randrange(1, 5)
+    more = rng.randrange(step, factor, step)
     total = many * factor + more
-    both, all_small = f"{plural(many, large)} and {plural(more, small)}", plural(total, small)
-    larges, smalls = PLURALS.get(large, large + "s"), PLURALS.get(small, small + "s")
+    both = f"{plural(many, large)} and {plural(more, small)}"
+    all_small = plural(total, small)
+    larges = PLURALS.get(large, large + "s")
+    smalls = PLURALS.get(small, small + "s")
     if rng.random() < 0.6:
         question = f"{saying.format(both)}. " + rng.choice(
             [f"How many {smalls} is that altogether?", f"What is that in {smalls} alone?"]
@@ -582,7 +601,7 @@ def units(rng: random.Random) -> Row:
 
 
 def table(rng: random.Random) -> Row:
-    """A list of four, with figures as lists have them."""
+    """A list of four, with numbers in digits."""
     heading, names, (unit, low, high), ends, ask_end, tell_end, ask_more, tell_more = rng.choice(
         TABLES
     )
@@ -606,23 +625,24 @@ def table(rng: random.Random) -> Row:
 
 
 def turns(rng: random.Random) -> Row:
-    start, name = rng.randrange(4), rng.choice(NAMES)
+    start = rng.randrange(4)
+    name = rng.choice(NAMES)
     made = rng.choices(list(TURNS), [3, 3, 1], k=rng.choice([2, 3, 3]))
-    here, there, many = (
-        COMPASS[start],
-        COMPASS[(start + sum(TURNS[turn] for turn in made)) % 4],
-        spell(len(made)),
-    )
+    here = COMPASS[start]
+    there = COMPASS[(start + sum(TURNS[turn] for turn in made)) % 4]
+    many = spell(len(made))
     orders = ", then ".join(f"turn {turn}" for turn in made)
     question, who = rng.choice(
         [
             (f"You stand facing {here}. You {orders}. Which way are you facing now?", "you are"),
             (
-                f"A robot looks {here} and gets these orders: {orders}. In which direction does it look at the end?",
+                f"A robot looks {here} and gets these orders: {orders}. "
+                "In which direction does it look at the end?",
                 "the robot is",
             ),
             (
-                f"{name} is facing {here}. We say to {name}: {orders}. Which way is {name} facing after that?",
+                f"{name} is facing {here}. We say to {name}: {orders}. "
+                f"Which way is {name} facing after that?",
                 f"{name} is",
             ),
         ]
@@ -678,7 +698,7 @@ def letters(rng: random.Random) -> Row:
     return question, rng.choice(answers), word
 
 
-# ---------------------------------------------------------------------------------------------------------------- kinds of facts.txt
+# ---- kinds of facts.txt
 def odd(rng: random.Random) -> Row:
     """Three of one group and one of another. The fact is the group of the three."""
     (_, many, words), (one, _, others) = rng.sample(GROUPS, 2)
@@ -694,7 +714,8 @@ def odd(rng: random.Random) -> Row:
     answer = rng.choice(
         [
             f"The odd one out is {stranger}, because the other three are {many}.",
-            f"The word that does not belong is {stranger}, which is {one}, while the others are {many}.",
+            f"The word that does not belong is {stranger}, which is {one}, "
+            f"while the others are {many}.",
             f"The other three are {many}, so the one that does not fit is {stranger}.",
         ]
     )
@@ -722,8 +743,9 @@ def opposite(rng: random.Random) -> Row:
 
 
 def steps(rng: random.Random) -> Row:
-    doing, right = rng.choice(STEPS)
-    mixed = rng.choice([list(p) for p in permutations(right) if list(p) != right])
+    doing, in_order = rng.choice(STEPS)
+    right = in_order.split(" > ")
+    mixed = rng.choice([list(p) for p in itertools.permutations(right) if list(p) != right])
     shown = "; ".join(mixed)
     told = rng.choice(
         [
@@ -731,7 +753,8 @@ def steps(rng: random.Random) -> Row:
             f"These are the steps of {doing}, shuffled: {shown}.",
         ]
     )
-    form, at = rng.choice(["first", "last", "after", "before"]), rng.randrange(3)
+    form = rng.choice(["first", "last", "after", "before"])
+    at = rng.randrange(3)
     earlier, later = right[at : at + 2]
     if form == "first":
         ask = rng.choice(["Which step comes first?", "What do you have to do first?"])
@@ -779,11 +802,8 @@ def cause(rng: random.Random) -> Row:
             f"What happens in the end when {what}?",
         ]
     )
-    return (
-        question,
-        rng.choice([sentence(effect), f"Most likely {effect}.", f"I would expect that {effect}."]),
-        what,
-    )
+    answers = [sentence(effect), f"Most likely {effect}.", f"I would expect that {effect}."]
+    return question, rng.choice(answers), what
 
 
 def advice(rng: random.Random) -> Row:
@@ -795,17 +815,12 @@ def advice(rng: random.Random) -> Row:
             f"I need some advice for my home: {trouble}. What would you do?",
         ]
     )
-    return (
-        question,
-        rng.choice(
-            [
-                f"You could {help_}.",
-                f"It usually helps to {help_}.",
-                f"The simplest thing is to {help_}.",
-            ]
-        ),
-        trouble,
-    )
+    answers = [
+        f"You could {help_}.",
+        f"It usually helps to {help_}.",
+        f"The simplest thing is to {help_}.",
+    ]
+    return question, rng.choice(answers), trouble
 
 
 def thing(rng: random.Random) -> Row:
@@ -847,21 +862,23 @@ KINDS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ---- files
 def make_rows(count: int, seed: int, taken: set[str]) -> tuple[list[dict[str, str]], set[str]]:
-    """Rows of all kinds in turn, shuffled, that rest on none of the facts in `taken` -> (rows, the facts they rest on)."""
+    """`count` rows, all kinds in equal parts, shuffled -> (rows, the facts they rest on).
+
+    None rests on a fact in `taken`. Facts repeat only where a kind has no new ones.
+    """
     rng = random.Random(seed)
-    rows, questions, used = [], set(), set()
+    rows = []
+    questions = set()
+    used = set()
     for i in range(count):
-        kind, tries = KINDS[i % len(KINDS)], 0
-        while True:
+        kind = KINDS[i % len(KINDS)]
+        for tries in itertools.count(1):
             question, answer, about = kind(rng)
-            fact, tries = f"{kind.__name__} {about}", tries + 1
-            if (
-                question not in questions
-                and fact not in taken
-                and (fact not in used or tries > 200)
-            ):  # a kind may run out of new facts
+            fact = f"{kind.__name__} {about}"
+            new = fact not in used or tries > 200
+            if new and fact not in taken and question not in questions:
                 break
         rows.append({"question": question, "answer": answer})
         questions.add(question)
@@ -874,10 +891,11 @@ def make_files() -> dict[str, str]:
     """The text of each file. Test comes first: train takes the facts that are left."""
     test, used = make_rows(TEST, seed=1, taken=set())
     train, _ = make_rows(TRAIN, seed=2, taken=used)
-    return {
-        name: "".join(json.dumps(row) + "\n" for row in rows)
-        for name, rows in (("train.jsonl", train), ("test.jsonl", test))
-    }
+    return {"train.jsonl": jsonl(train), "test.jsonl": jsonl(test)}
+
+
+def jsonl(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
-"""Makes the golden export: a directory as train.py's final/ holds it, and what transformers makes of it.
+"""Makes the golden export: a directory like train.py's final/, and what transformers reads there.
 
-tests/golden/export/ is written by our own save_model and Tokenizer.save: a tiny random Llama on the byte-level golden tokenizer, with the
-marker added. `expected.json` holds what transformers reads there: the token ids its chat template gives for a few conversations, and what
-its greedy `generate` continues them with. The tests make the directory anew, compare every file, and compare ids with our own.
+tests/golden/export/ is written by our own save_model and Tokenizer.save: a tiny random Llama on
+the byte-level golden tokenizer, with the marker added. `expected.json` is written by transformers
+from that directory: the token ids its chat template gives for a few conversations, and what its
+greedy `generate` continues them with. The tests write the directory again, compare every file,
+and compare ids with our own.
 
-Run by hand, with transformers in an environment of its own (make_golden.py says which). Two runs give the same bytes.
+Run by hand, with transformers in an environment of its own (see make_golden.py). Two runs give the
+same bytes.
 
     python3 tests/golden/make_export.py
 """
@@ -21,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E
 
 from data import Tokenizer  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from support.weights import copy_token_rows, save_model  # noqa: E402
+from support.distributed import copy_token_rows  # noqa: E402
+from support.weights import save_model  # noqa: E402
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Who wrote this book?"}],
@@ -36,58 +40,51 @@ CONVERSATIONS = [
 NEW_TOKENS = 40
 
 
-def export(path: Path) -> None:
+def export(folder: Path) -> None:
     """Writes the directory, as training would."""
     tokenizer = Tokenizer(HERE / "tokenizers/byte_level")
-    vocab = tokenizer.marker_id  # the marker lies one beyond
     config = Config(
-        vocab,
-        16,
-        24,
-        2,
-        4,
+        vocab_size=tokenizer.marker_id,  # without the marker, which copy_token_rows adds
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=tokenizer.eos_ids[0],
         bos_token_id=tokenizer.prefix[0],
     )
-    model, generator = Transformer(config), torch.Generator().manual_seed(0)
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.parameters():  # far from uniform: no near-ties in greedy decoding
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(
-                noise if parameter.dim() == 2 else 1 + 0.3 * noise
-            )  # far from uniform: greedy choices are no near-ties
+            parameter.copy_(noise if parameter.dim() == 2 else 1 + 0.3 * noise)
     copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
-    save_model(model, path)
-    tokenizer.save(path)
+    save_model(model, folder)
+    tokenizer.save(folder)
 
 
 def main() -> None:
     logging.set_verbosity_error()
     folder = HERE / "export"
     export(folder)
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-    )
-    expected = []
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lines = []
     for messages in CONVERSATIONS:
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
-        out = model.generate(
+        output = model.generate(
             torch.tensor([prompt]),
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
             eos_token_id=None,
             pad_token_id=0,
         )
-        expected.append(
-            {"messages": messages, "prompt": prompt, "greedy": out[0, len(prompt) :].tolist()}
-        )
-    (folder / "expected.json").write_text(
-        "[\n" + ",\n".join(json.dumps(e) for e in expected) + "\n]\n"
-    )
+        greedy = output[0, len(prompt) :].tolist()
+        lines.append(json.dumps({"messages": messages, "prompt": prompt, "greedy": greedy}))
+    (folder / "expected.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 if __name__ == "__main__":

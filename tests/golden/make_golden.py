@@ -1,16 +1,19 @@
-"""Makes the golden models: tiny random Hugging Face directories, and the logits that transformers computes from each.
+"""Makes the golden models: tiny random Hugging Face directories, and transformers' logits of each.
 
-tests/golden/NAME/ is a directory as one downloads it (config.json, safetensors, sometimes an index) together with `expected.safetensors`:
+tests/golden/NAME/ is a directory as one downloads it (config.json, safetensors, sometimes an
+index), together with `expected.safetensors`:
 
     tokens  [2, 24]      int64  random
-    logits  [2, 24, 96]  fp32   transformers, fp32, eager attention, the directory read back from disk
+    logits  [2, 24, 96]  fp32   by transformers in fp32 with eager attention, from the files on disk
 
-Our own model must reproduce the logits, and it can be tested without transformers being installed. Random weights prove as much as trained
-ones do, if what they compute depends visibly on everything in config.json. That is checked here: every model carries `mistakes` (a window
-that is off by one, a rope scaling left out, an epsilon taken from the defaults ...), and each must move some logit by more than 1 % of the
-largest one, a hundred times the tolerance of the tests.
+model.py must reproduce the logits; that is tested without transformers. Random weights test as
+much as trained ones if the logits depend visibly on every field of config.json. This is checked
+here: each model has a list of MISTAKES (a window off by one, a RoPE scaling left out, a default
+epsilon), and each mistake must move some logit by more than 1 % of the largest one, a hundred
+times the tolerance of the tests.
 
-Run by hand, when a kind of model is added, in an environment of its own: nothing else needs transformers. Two runs give the same bytes.
+Run by hand when a kind of model is added, in an environment of its own: nothing else needs
+transformers. Two runs give the same bytes.
 
     pip install torch==2.13.0
     pip install transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 numpy==2.4.6
@@ -30,8 +33,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, logging
 HERE = Path(__file__).parent
 BATCH, LENGTH = 2, 24
 
-# What all of them share. The config.json of the real models dates from transformers 4, with rope_theta and rope_scaling beside the sizes,
-# and so do these: transformers 5 itself only writes rope_parameters, so they are spelt out here key by key, as they stand on the hub.
+# Fields of all models. The real models' config.json was written by transformers 4, with the fields
+# rope_theta and rope_scaling. transformers 5 writes rope_parameters instead, so the older form is
+# written out here, as the real files have it.
 COMMON = {
     "hidden_act": "silu",
     "hidden_size": 32,
@@ -59,9 +63,10 @@ MISTRAL = {
     "eos_token_id": 2,
 }
 
-# The wavelengths of the four frequencies at rope_theta 100 are 6, 20, 63 and 199 positions, so these two scalings meet every branch of the
-# llama3 formula: in the first one wavelength stays, one is interpolated, two are divided; in the second one is interpolated, three divided.
-# The first original length is above our input's and the second below: the scaling applies from the first position on, in both.
+# At rope_theta 100 the four wavelengths are 6, 20, 63 and 199 positions. These two scalings cover
+# the llama3 formula: in the first, one wavelength stays, one is interpolated and two are divided;
+# in the second, one is interpolated and three are divided. The original length is above the input's
+# in the first and below it in the second: the scaling applies from the first position, in both.
 SCALING_31 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -72,7 +77,8 @@ SCALING_31 = {
 SCALING_32 = {**SCALING_31, "factor": 32.0, "original_max_position_embeddings": 16}
 
 CONFIGS = {
-    # Llama 2 says nothing of rope_theta (10000 is meant), and its files hold the rope frequencies as tensors that nobody reads any more.
+    # Llama 2 has no rope_theta (10000 is meant). Its files hold RoPE frequencies, which readers
+    # ignore.
     "llama2": {
         **LLAMA,
         "num_key_value_heads": 4,
@@ -129,13 +135,14 @@ CONFIGS = {
     },
 }
 
-# The same models after transformers 5 has loaded and saved them: its config.json with rope_parameters, its shards with their index.
+# The same models loaded and saved by transformers 5: rope_parameters, shards with an index.
+# New name: (source, shard size).
 RESAVED = {
     "llama31_rope_parameters": ("llama31_rope_scaling", "1GB"),
     "sharded": ("mistral_v03", "40KB"),
 }
 
-# Readings of config.json that are wrong, and must show.
+# Wrong readings of config.json that the logits must show.
 MISTAKES = {
     "llama2": [{"rope_theta": 500000.0}, {"rms_norm_eps": 1e-6}],
     "llama31_rope_scaling": [
@@ -156,38 +163,38 @@ MISTAKES = {
 
 
 def write_model(folder: Path, config: dict) -> None:
-    """Writes config.json and random weights: matrices of std 0.2 (attention then is far from uniform), norms around 1."""
+    """Writes config.json and random weights: matrices of std 0.2, norms around 1.
+
+    With this std attention is far from uniform.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     generator = torch.Generator().manual_seed(zlib.crc32(folder.name.encode()))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     tensors = {}
-    for name, empty in sorted(
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict().items()
-    ):
+    for name, empty in sorted(model.state_dict().items()):
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         noise = torch.randn(empty.shape, generator=generator)
         tensors[name] = 1 + 0.3 * noise if name.endswith("norm.weight") else 0.2 * noise
     if folder.name == "llama2":
+        frequency = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
         for layer in range(config["num_hidden_layers"]):
-            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = 1 / 10000 ** (
-                torch.arange(0, 8, 2) / 8
-            )
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequency.clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def resave_model(folder: Path, source: Path, shard_size: str) -> None:
-    """Writes what transformers makes of the directory `source`, in shards of at most `shard_size`."""
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(
-        folder, max_shard_size=shard_size
-    )
+    """Loads the directory `source` and saves it with transformers, in shards of `shard_size`."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size=shard_size)
 
 
 @torch.no_grad()
 def logits(folder: Path, tokens: torch.Tensor, **mistake) -> torch.Tensor:
-    """[B, L, V] fp32, by transformers from the directory on disk; with `mistake`, as if its config.json said that instead."""
-    config = {**json.loads((folder / "config.json").read_text()), **mistake}
-    config = AutoConfig.for_model(**copy.deepcopy(config))  # it writes into the dicts it is given
+    """[B, L, V] fp32, by transformers. `mistake` replaces fields of config.json."""
+    values = {**json.loads((folder / "config.json").read_text()), **mistake}
+    config = AutoConfig.for_model(**copy.deepcopy(values))  # it writes into the dicts it is given
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -195,29 +202,27 @@ def logits(folder: Path, tokens: torch.Tensor, **mistake) -> torch.Tensor:
         attn_implementation="eager",
         output_loading_info=True,
     )
-    assert not any(report.values()), (
-        f"{folder.name}: {report}"
-    )  # nothing missing, nothing left over
+    assert not any(report.values()), f"{folder.name}: {report}"  # no tensor missing or left over
     return model.eval()(tokens, use_cache=False).logits
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    logging.set_verbosity_error()  # it warns of the mistakes, rightly
+    logging.set_verbosity_error()  # it warns of the mistakes
     logging.disable_progress_bar()
     for name in [*CONFIGS, *RESAVED]:
-        folder, source = HERE / name, RESAVED.get(name, (name,))[0]
+        folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         if name in CONFIGS:
+            source = name
             write_model(folder, CONFIGS[name])
         else:
-            resave_model(folder, HERE / source, RESAVED[name][1])
+            source, shard_size = RESAVED[name]
+            resave_model(folder, HERE / source, shard_size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{source} tokens".encode()))
         tokens = torch.randint(COMMON["vocab_size"], (BATCH, LENGTH), generator=generator)
         expected = logits(folder, tokens)
-        assert torch.equal(expected, logits(HERE / source, tokens)), (
-            f"{name} differs from {source}, which it is a copy of"
-        )
+        assert torch.equal(expected, logits(HERE / source, tokens)), f"{name} is not {source}"
         save_file({"tokens": tokens, "logits": expected}, folder / "expected.safetensors")
 
         top = expected.abs().max()

@@ -1,13 +1,17 @@
-"""Makes the golden tokenizers: the two kinds that Llama, Mistral and SmolLM2 come with, small enough to commit and to read.
+"""Makes the golden tokenizers: the two kinds that Llama, Mistral and SmolLM2 have, in small.
 
-tests/golden/tokenizers/KIND/ holds tokenizer.json and tokenizer_config.json, laid out as in the models' own directories:
+tests/golden/tokenizers/KIND/ holds tokenizer.json and tokenizer_config.json, laid out as in the
+models' own directories:
 
-    byte_level      Llama 3, SmolLM2   BPE over bytes; a regular expression splits the text into words; special tokens behind the vocabulary
-    sentencepiece   Llama 2, Mistral   BPE over characters, "▁" for the space, one more in front of the text; bytes for unknown characters
+    byte_level      Llama 3, SmolLM2. BPE over bytes; a regular expression splits the text into
+                    words; the special tokens come after the vocabulary
+    sentencepiece   Llama 2, Mistral. BPE over characters, "▁" for a space, one "▁" in front of the
+                    text; bytes for unknown characters
 
-Both put bos in front of what they encode, unless told otherwise, and both have what a reader of such files trips over. The config names bos
-and eos by a string in one and by an object in the other. In the second, a piece decoded alone loses the space in front of it (in both,
-a piece may be part of a character), so that decoding token by token is not decoding the whole.
+Both put bos in front of what they encode, unless told otherwise. They differ in what readers of
+such files get wrong: one config names bos and eos by a string, the other by an object; a token of
+the second kind loses the space in front of it when it is decoded alone. In both, a token may be a
+part of a character. So decoding token by token is not decoding the text.
 
 Run by hand. Two runs give the same bytes.
 
@@ -71,15 +75,20 @@ Under the "old" rules (see above), nobody was allowed to leave early.
 Jane & Quentin: "Great, we've won!" - "No, you haven't."
 """.strip().split("\n")
 
-BOS, EOS, EOT, RESERVED = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|reserved_special_token_0|>",
-)
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+EOT = "<|eot_id|>"
+RESERVED = "<|reserved_special_token_0|>"
 
-# Llama 3's: contractions, words with the space in front of them, at most three digits, punctuation, white space
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama 3's: contractions, words with the space in front of them, at most three digits,
+# punctuation, white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def byte_level() -> tuple[Tokenizer, dict]:
@@ -108,7 +117,7 @@ def byte_level() -> tuple[Tokenizer, dict]:
 
 
 def sentencepiece() -> tuple[Tokenizer, dict]:
-    # Merges are learnt within words and applied to the whole text, which is one word to this kind of tokenizer.
+    # Merges are learnt within words, then applied to the whole text as one word.
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=128, show_progress=False))
@@ -140,25 +149,22 @@ def sentencepiece() -> tuple[Tokenizer, dict]:
             decoders.Strip(content=" ", left=1, right=0),
         ]
     )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")]
+        [AddedToken(token, normalized=False, special=True) for token in names.values()]
     )
     tokenizer.post_processor = prepend("<s>", tokenizer)
-    form = {
+    options = {
         "__type": "AddedToken",
         "lstrip": False,
         "normalized": False,
         "rstrip": False,
         "single_word": False,
     }
-    names = {
-        name: {**form, "content": token}
-        for name, token in [("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")]
-    }
     return tokenizer, {
         "add_bos_token": True,
         "add_eos_token": False,
-        **names,
+        **{name: {**options, "content": token} for name, token in names.items()},
         "tokenizer_class": "LlamaTokenizer",
     }
 
@@ -177,12 +183,9 @@ def main() -> None:
         folder = HERE / kind.__name__
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n"
-        )
-        print(
-            f"{kind.__name__}: {tokenizer.get_vocab_size()} tokens, {(folder / 'tokenizer.json').stat().st_size / 1000:.0f} kB"
-        )
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "tokenizer_config.json").write_text(text)
+        print(f"{kind.__name__}: {tokenizer.get_vocab_size()} tokens")
 
 
 if __name__ == "__main__":
