@@ -1,21 +1,29 @@
-"""How fast, how large and how exact kernels/logprob.py is, beside the ways people write the same thing.
+"""Time, memory and error of kernels/logprob.py, beside other ways to compute the same log-probs.
 
-    python bench/logprob.py                  every shape for this machine; writes bench/results/<device>-<date>.json, the table comes last
-    python bench/logprob.py --quick          one shape, a minute
-    python bench/logprob.py --json           one JSON object as the last line
-    python bench/logprob.py --variants       a Hopper GPU: the kernel configurations that compete for the table in logprob_triton.py
+    python bench/logprob.py                 # all shapes for this machine
+    python bench/logprob.py --quick         # one shape
+    python bench/logprob.py --json          # prints one JSON object as the last line
+    python bench/logprob.py --variants      # a Hopper GPU: which kernel configuration is fastest
 
-One call, in this order: the peak memory of every contender (on a CPU each in a fresh process, since a process only knows its all-time
-peak); correctness of every contender against float64; then the times, contenders interleaved round by round, medians. Data is random,
-never zeros (a GPU multiplies zeros faster). TFLOP/s count 2NHV for a forward pass, 8NHV for a total of the general path (the backward
-pass recomputes the logits), 6NHV where nothing is recomputed; rows of weight zero are counted too, skipped or not. A contender that
-fails or runs out of memory says so in its row.
+A run writes bench/results/logprob-<device>-<date>.json and prints a table. The mode of a row is fwd
+(log-probs without gradients) or total (log-probs and gradients). Measured in this order:
+
+1. Peak memory beyond the inputs and the gradients. On a CPU each contender gets a fresh process,
+   because a process only knows the peak of its whole life.
+2. Errors against float64.
+3. Times. The contenders take turns; the median counts. Inputs are random, because a GPU multiplies
+   zeros faster.
+
+TFLOP/s count 2 N H V for fwd. For total they count 8 N H V, or 6 N H V if the logits are not
+recomputed. Rows with upstream gradient 0 are counted too. "% mm" is the share of the TFLOP/s that
+the three matrix products alone reach. A contender that fails has the reason in its row.
 """
 
 import argparse
 import functools
 import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -32,337 +40,340 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.machine import circumstances, headline, save  # noqa: E402
-from kernels.logprob import linear_logprob, linear_logprob_loss  # noqa: E402
+from kernels.logprob import linear_logprob  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
 
-LLAMA = (4096, 128256)
-GPU_SHAPES = [(n, *LLAMA) for n in (16384, 64, 256, 1024, 4096, 32768)]  # (N, H, V); the first is the one for --quick
-GPU_SHAPES += [(16384, 4096, 131072), (16384, 2048, 128256), (16384, 4096, 32768), (16384, 4096, 32000), (1937, 4096, 152064)]
-CPU_SHAPES = [(2048, 576, 49152)]
-CPU_QUICK = [(256, 576, 8192)]
-
-
-# ---- contenders: each (hidden [N,H], weight [V,H], target [N], temperature) -> logp [N] -------------------------------------------
-
-
-def naive(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """What everybody writes: logits in the input's dtype, log_softmax in fp32."""
-    logits = (hidden @ weight.T).float()
-    logits = logits if temperature == 1 else logits / temperature
-    return torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
+Shape = tuple[int, int, int]  # N, H, V
+if CUDA:
+    SHAPES = [(n, 4096, 128256) for n in (16384, 64, 256, 1024, 4096, 32768)]  # Llama-3.1-8B
+    SHAPES += [(16384, 4096, 131072), (16384, 2048, 128256)]  # the shape of published tables; 1B
+    SHAPES += [(16384, 4096, 32768), (16384, 4096, 32000), (1937, 4096, 152064)]
+    QUICK = SHAPES[0]
+    OTHER_SETTINGS = [(0.5, 1.0), (0.9, 1.0), (0.0, 0.7)]  # share of zeros in g, temperature
+else:
+    SHAPES = [(2048, 576, 49152)]  # SmolLM2-135M
+    QUICK = (256, 576, 8192)
+    OTHER_SETTINGS = [(0.9, 1.0)]
 
 
-def chunked(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, rows: int = 256, step: Callable = naive) -> Tensor:
-    """The same for `rows` rows at a time, recomputed in the backward pass."""
-    parts = zip(hidden.split(rows), target.split(rows), strict=True)
-    return torch.cat([checkpoint(step, x, weight, y, temperature, use_reentrant=False) for x, y in parts])
+# ---- contenders: (hidden [N, H], weight [V, H], target [N], temperature) -> logp [N]
 
 
-@functools.cache
-def compiled_naive() -> Callable:
-    return torch.compile(naive, dynamic=False)
-
-
-def compiled(hidden, weight, target, temperature):
-    return compiled_naive()(hidden, weight, target, temperature)
-
-
-def compiled_chunked(hidden, weight, target, temperature):
-    return chunked(hidden, weight, target, temperature, step=compiled_naive())
-
-
-def torch_linear_cross_entropy(hidden, weight, target, temperature):
-    """torch 2.13's own fused function: per-token output in the input's dtype. On a CPU it took ten times as long as naive: GPU only."""
-    if temperature != 1:
-        raise NotImplementedError("no temperature")
-    return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=torch.nn.LinearCrossEntropyOptions())
-
-
-def ours(hidden, weight, target, temperature):
-    return linear_logprob(hidden, weight, target, temperature)
-
-
-def ours_plain(hidden, weight, target, temperature):
-    return linear_logprob(hidden, weight, target, temperature, backend="torch")
-
-
-def ours_with_entropy(hidden, weight, target, temperature):
+def with_entropy(hidden, weight, target, temperature) -> Tensor:
     return linear_logprob(hidden, weight, target, temperature, entropy=True)[0]
 
 
-def ours_known_weights(hidden, weight, target, temperature, row_weight):
-    return linear_logprob_loss(hidden, weight, target, row_weight, temperature)
+def naive(hidden, weight, target, temperature) -> Tensor:
+    """The usual code: logits in the input's dtype, log_softmax in fp32."""
+    logits = (hidden @ weight.T).float()
+    if temperature != 1:
+        logits = logits / temperature
+    return torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
 
 
+def chunked(hidden, weight, target, temperature, step=naive) -> Tensor:
+    """The same for 256 rows at a time, recomputed in the backward pass."""
+    parts = []
+    for x, y in zip(hidden.split(256), target.split(256), strict=True):
+        parts.append(checkpoint(step, x, weight, y, temperature, use_reentrant=False))
+    return torch.cat(parts)
+
+
+def torch_linear_cross_entropy(hidden, weight, target, temperature) -> Tensor:
+    """The fused function of torch 2.13; its output has the input's dtype."""
+    if temperature != 1:
+        raise NotImplementedError("no temperature")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+
+@functools.cache
 def contenders() -> dict[str, Callable]:
-    found: dict[str, Callable] = {"ours": ours, "naive": naive, "chunked": chunked}
+    found = {"ours": linear_logprob, "ours, with entropy": with_entropy}
+    found |= {"naive": naive, "chunked": chunked}
     if CUDA:
-        found |= {"ours, plain": ours_plain, "compiled": compiled, "compiled chunked": compiled_chunked}
-    if CUDA and hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        compiled = torch.compile(naive, dynamic=False)
+        found["ours, plain"] = functools.partial(linear_logprob, backend="torch")
+        found["compiled"] = compiled
+        found["compiled chunked"] = functools.partial(chunked, step=compiled)
+    # on a CPU it takes ten times as long as naive
+    if CUDA and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["F.linear_cross_entropy"] = torch_linear_cross_entropy
     return found
 
 
-def cases(entropy: bool) -> list[tuple[str, str, Callable]]:
-    """(name, mode, function) of everything that is measured. Modes: fwd, total (forward and backward)."""
-    rows = [(name, mode, f) for name, f in contenders().items() for mode in ("fwd", "total")]
-    rows.append(("ours, known weights", "total", ours_known_weights))
-    if entropy:
-        rows += [("ours, with entropy", mode, ours_with_entropy) for mode in ("fwd", "total")]
-    return rows
-
-
-# ---- one measurement --------------------------------------------------------------------------------------
+# ---- one measurement
 
 
 class Problem:
-    """Random inputs of one shape; g [N] the upstream gradient, of which a share is exactly 0."""
+    """Random inputs, and the upstream gradient g [N], of which the share `zero` is exactly 0."""
 
-    def __init__(self, n: int, h: int, v: int, zero: float = 0.0, temperature: float = 1.0):
-        r = torch.Generator(DEVICE).manual_seed(0)
-        dtype = torch.bfloat16 if CUDA else torch.float32
-        self.hidden = torch.randn(n, h, generator=r, device=DEVICE, dtype=dtype).requires_grad_()
+    def __init__(self, shape: Shape, zero: float = 0.0, temperature: float = 1.0):
+        n, h, v = shape
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        options = dict(generator=generator, device=DEVICE)
+        self.hidden = torch.randn(n, h, dtype=DTYPE, **options).requires_grad_()
         # in place: a temporary of this size would raise the peak that memory is measured from
-        self.weight = torch.randn(v, h, generator=r, device=DEVICE, dtype=dtype).div_(h**0.5).requires_grad_()
-        self.target = torch.randint(v, (n,), generator=r, device=DEVICE)
-        self.g = torch.randn(n, generator=r, device=DEVICE) * (torch.rand(n, generator=r, device=DEVICE) >= zero)
+        self.weight = torch.randn(v, h, dtype=DTYPE, **options).div_(h**0.5).requires_grad_()
+        self.target = torch.randint(v, (n,), **options)
+        self.g = torch.randn(n, **options) * (torch.rand(n, **options) >= zero)
         self.temperature = temperature
 
     def run(self, f: Callable, mode: str) -> Tensor:
-        self.hidden.grad = self.weight.grad = None
-        arguments = (self.hidden, self.weight, self.target, self.temperature)
-        if f is ours_known_weights:
-            loss, logp = f(*arguments, -self.g)
-            loss.backward()
-            return logp
+        self.hidden.grad = None
+        self.weight.grad = None
         with torch.set_grad_enabled(mode == "total"):
-            logp = f(*arguments)
+            logp = f(self.hidden, self.weight, self.target, self.temperature)
         if mode == "total":
             logp.backward(self.g.to(logp.dtype))
         return logp.detach()
 
-
-def seconds(run: Callable[[], object]) -> float:
-    if not CUDA:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def peak_mb(shape: tuple[int, int, int], name: str, f: Callable, mode: str) -> float:
-    """MB at the peak above the inputs and, for a total, above the gradients that stay."""
-    if not CUDA:  # before this process allocates anything large: a child's peak starts at its parent's
-        command = [sys.executable, __file__, "--memory-of", name, mode, *map(str, shape)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-    problem = Problem(*shape)
-    problem.run(f, mode)  # compile and let libraries take their workspaces
-    problem.hidden.grad = problem.weight.grad = None
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    problem.run(f, mode)
-    return (torch.cuda.max_memory_allocated() - before - gradient_bytes(problem, mode)) / 1e6
+    @functools.cached_property
+    def exact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """logp [N], the first 64 rows of d hidden and of d weight, in float64."""
+        hidden = self.hidden.detach()
+        weight = self.weight.detach().double()
+        logp, d_hidden = [], None
+        d_weight = weight.new_zeros(64, weight.shape[1])
+        for start in range(0, len(hidden), 64):
+            rows = slice(start, start + 64)
+            x = hidden[rows].double()
+            y = self.target[rows, None]
+            g = self.g[rows, None].double()
+            full = torch.log_softmax(x @ weight.T / self.temperature, -1)
+            logp.append(full.gather(1, y).squeeze(1))
+            dz = full.exp_().mul_(-g).scatter_add_(1, y, g).div_(self.temperature)
+            d_weight.addmm_(dz[:, :64].T, x)
+            if d_hidden is None:
+                d_hidden = dz @ weight
+        return torch.cat(logp), d_hidden, d_weight
 
 
-def gradient_bytes(problem: Problem, mode: str) -> int:
-    return 0 if mode == "fwd" else sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
-
-
-def memory_of(name: str, mode: str, shape: list[int]) -> None:
-    """The child process of `peak_mb`."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes on Linux
-    f = next(f for other, m, f in cases(True) if (other, m) == (name, mode))
-    Problem(8, 64, 512).run(f, mode)  # threads and library workspaces
-    problem = Problem(*shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    problem.run(f, mode)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(((peak - before) * unit - gradient_bytes(problem, mode)) / 1e6)
+def seconds(f: Callable, *arguments) -> float:
+    synchronize = torch.cuda.synchronize if CUDA else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    f(*arguments)
+    synchronize()
+    return time.perf_counter() - start
 
 
 def errors(problem: Problem, f: Callable) -> dict[str, float]:
-    """Against float64: largest |d logp| over all rows, relative 2-norm error of 64 rows of each gradient."""
+    """Largest |d logp|; relative 2-norm error of the first 64 rows of each gradient."""
     logp = problem.run(f, "total")
-    exact, dx, dw = exact_values(problem)
-    pick = slice(0, 64)
-    relative = [((ours[pick].double() - exact).norm() / exact.norm()).item() for ours, exact in
-                ((problem.hidden.grad, dx), (problem.weight.grad, dw))]  # fmt: skip
-    return {"logp": (logp.double() - exact).abs().max().item(), "d_hidden": relative[0], "d_weight": relative[1]}
+    exact_logp, exact_d_hidden, exact_d_weight = problem.exact
+    d_hidden = problem.hidden.grad[:64].double() - exact_d_hidden
+    d_weight = problem.weight.grad[:64].double() - exact_d_weight
+    return dict(
+        logp_error=(logp.double() - exact_logp).abs().max().item(),
+        d_hidden_error=(d_hidden.norm() / exact_d_hidden.norm()).item(),
+        d_weight_error=(d_weight.norm() / exact_d_weight.norm()).item(),
+    )
 
 
-def exact_values(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """logp [N], the first 64 rows of d hidden and of d weight, in float64, 64 rows at a time."""
-    if not hasattr(problem, "exact"):
-        x, w = problem.hidden.detach(), problem.weight.detach().double()
-        g = problem.g.double()
-        logp, dx, dw = [], None, torch.zeros(64, x.shape[1], dtype=torch.float64, device=x.device)
-        for i in range(0, len(x), 64):
-            rows = slice(i, i + 64)
-            full = torch.log_softmax(x[rows].double() @ w.T / problem.temperature, -1)
-            logp.append(full.gather(1, problem.target[rows, None]).squeeze(1))
-            dz = full.exp_().mul_(-g[rows, None]).scatter_add_(1, problem.target[rows, None], g[rows, None]).div_(problem.temperature)
-            dw.addmm_(dz[:, :64].T, x[rows].double())
-            dx = dz @ w if dx is None else dx
-        problem.exact = torch.cat(logp), dx, dw
-    return problem.exact
+def peak_mb(shape: Shape, name: str, mode: str) -> float:
+    """Peak MB beyond the inputs and, for total, the gradients."""
+    if not CUDA:
+        command = [sys.executable, __file__, "--memory-of", name, mode, *map(str, shape)]
+        return float(subprocess.check_output(command, text=True).split()[-1])
+    return measure_peak_mb(shape, name, mode)
 
 
-# ---- one shape --------------------------------------------------------------------------------------------
+def measure_peak_mb(shape: Shape, name: str, mode: str) -> float:
+    f = contenders()[name]
+    # On a GPU compiled code and library workspaces depend on the shape. On a CPU this first run
+    # would set the peak, so it is a small one.
+    Problem(shape if CUDA else (8, 64, 512)).run(f, mode)
+    gc.collect()
+    problem = Problem(shape)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    before = peak_bytes()
+    problem.run(f, mode)
+    gradients = problem.hidden.nbytes + problem.weight.nbytes if mode == "total" else 0
+    return (peak_bytes() - before - gradients) / 1e6
+
+
+def peak_bytes() -> int:
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def attempt(f: Callable, *arguments) -> tuple[object, str]:
-    """(result, "") or (None, why not): a contender that fails is a row of the table, not the end of the benchmark."""
+    """(result, "") or (None, the reason of the failure)."""
     try:
         return f(*arguments), ""
     except Exception as error:
-        reason = "out of memory" if isinstance(error, torch.cuda.OutOfMemoryError) else f"{type(error).__name__}: {error}"
-        if CUDA:
-            torch.cuda.empty_cache()
-        return None, " ".join(reason.split())[:80]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
+    if CUDA:
+        torch.cuda.empty_cache()
+    return None, reason
 
 
-def measure(shape: tuple[int, int, int], rounds: int, zero: float = 0.0, temperature: float = 1.0, memory: bool = True) -> list[dict]:
+# ---- all measurements of one shape
+
+
+def measure(shape: Shape, rounds: int, zero=0.0, temperature=1.0, memory=True) -> list[dict]:
     n, h, v = shape
-    rows = [dict(name=name, mode=mode, f=f) for name, mode, f in cases(entropy=True)]
-    if memory:
-        for row in rows:
-            row["peak_mb"], row["note"] = attempt(peak_mb, shape, row["name"], row["f"], row["mode"])
-    problem = Problem(n, h, v, zero, temperature)
+    if CUDA:
+        torch.compiler.reset()  # torch.compile gives up on a function after eight shapes
+    functions = contenders()
+    rows = []
+    for name in functions:
+        for mode in ("fwd", "total"):
+            row = dict(name=name, mode=mode, n=n, h=h, v=v, zero=zero, temperature=temperature)
+            if memory:
+                row["peak_mb"], _ = attempt(peak_mb, shape, name, mode)
+            rows.append(row)
+
+    problem = Problem(shape, zero, temperature)
     for row in rows:
+        f = functions[row["name"]]
         if row["mode"] == "total":
-            row["error"], row["note"] = attempt(errors, problem, row["f"])
+            found, row["note"] = attempt(errors, problem, f)
+            row |= found or {}
         else:
-            _, row["note"] = attempt(problem.run, row["f"], row["mode"])  # warm-up
-    alive = [row for row in rows if not row["note"]]
-    times: dict[int, list[float]] = {id(row): [] for row in alive}
+            _, row["note"] = attempt(problem.run, f, "fwd")
+    working = [row for row in rows if not row["note"]]
+    times = [[] for _ in working]
     for round_ in range(rounds):
-        for row in alive[round_ % len(alive) :] + alive[: round_ % len(alive)]:  # nobody always runs after the same neighbour
-            times[id(row)].append(seconds(functools.partial(problem.run, row["f"], row["mode"])))
-    products = three_products(problem, rounds)
-    for row in rows:
-        row |= dict(n=n, h=h, v=v, zero=zero, temperature=temperature)
-        if not row["note"]:
-            row["ms"] = statistics.median(times[id(row)]) * 1e3
-            factor = 2 if row["mode"] == "fwd" else 6 if row["name"] in ("ours, known weights", "naive", "compiled") else 8
-            flops = factor * n * h * v
-            row |= dict(convention=f"{factor}NHV", tflops=flops / row["ms"] / 1e9)
-            row["of_mm"] = row["tflops"] / (6 * n * h * v / products / 1e12)
-        del row["f"]
+        for i in range(len(working)):
+            i = (i + round_) % len(working)  # another one goes first in each round
+            row = working[i]
+            times[i].append(seconds(problem.run, functions[row["name"]], row["mode"]))
+
+    mm_tflops = 6 * n * h * v / three_products(problem, rounds) / 1e12
+    for row, row_times in zip(working, times, strict=True):
+        factor = 6 if row["name"] in ("naive", "compiled") else 8
+        if row["mode"] == "fwd":
+            factor = 2
+        median = statistics.median(row_times)
+        row["ms"] = median * 1e3
+        row["convention"] = f"{factor}NHV"
+        row["tflops"] = factor * n * h * v / median / 1e12
+        row["of_mm"] = row["tflops"] / mm_tflops
     return rows
 
 
 def three_products(problem: Problem, rounds: int) -> float:
-    """Seconds of the three matrix products alone (6NHV), through chunks of columns as the kernel does them: the practical floor."""
-    x, w = problem.hidden.detach(), problem.weight.detach()
+    """Seconds of the three matrix products of 6 N H V, in chunks of vocabulary columns."""
+    x = problem.hidden.detach()
+    weight = problem.weight.detach()
     columns = max(256, (1 << 27 if CUDA else 1 << 22) // len(x))
 
     def products() -> None:
-        for v in range(0, len(w), columns):
-            z = x @ w[v : v + columns].T
+        for w in weight.split(columns):
+            z = x @ w.T
             z.T @ x
-            z @ w[v : v + columns]
+            z @ w
 
-    seconds(products)
+    products()
     return statistics.median(seconds(products) for _ in range(rounds))
 
 
-def measure_variants(shape: tuple[int, int, int], rounds: int) -> list[dict]:
-    """The Hopper configurations that compiled for sm_90: which is fastest can only be found here."""
-    from kernels import logprob_triton as module
+def measure_variants(shape: Shape, rounds: int) -> list[dict]:
+    """Hopper configurations that compile for sm_90, in the place of the one in the table."""
+    from kernels import logprob_triton
 
-    base = module.HOPPER
-    candidates = {"table": base, "flatten": replace(base, flatten=True), "specialize": replace(base, warps=4, specialize=True)}
-    candidates |= {f"group {g}": replace(base, group=g) for g in (4, 16)}
-    candidates |= {"3 stages": replace(base, stages=3), "128 columns": replace(base, bn=128)}
-    problem, rows = Problem(*shape), []
-    for name, config in candidates.items():
-        module.HOPPER = config
-        for mode, f in (("fwd", ours), ("total", ours), ("total", ours_known_weights)):
-            error, note = attempt(errors, problem, f)
-            row = dict(name=f"{name}{', known weights' if f is ours_known_weights else ''}", mode=mode, error=error, note=note)
-            if not note:
-                row["ms"] = statistics.median(seconds(functools.partial(problem.run, f, mode)) for _ in range(rounds)) * 1e3
-            rows.append(row | dict(zip("nhv", shape, strict=True)) | dict(zero=0.0, temperature=1.0))
-    module.HOPPER = base
+    base = logprob_triton.HOPPER
+    variants = {
+        "table": base,
+        "flatten": replace(base, flatten=True),
+        "specialize": replace(base, warps=4, specialize=True),
+        "group 4": replace(base, group=4),
+        "group 16": replace(base, group=16),
+        "3 stages": replace(base, stages=3),
+        "128 columns": replace(base, bn=128),
+    }
+    n, h, v = shape
+    problem = Problem(shape)
+    rows = []
+    for name, config in variants.items():
+        logprob_triton.HOPPER = config
+        for mode in ("fwd", "total"):
+            row = dict(name=name, mode=mode, n=n, h=h, v=v, zero=0.0, temperature=1.0)
+            found, row["note"] = attempt(errors, problem, linear_logprob)
+            if found:
+                row |= found
+                times = [seconds(problem.run, linear_logprob, mode) for _ in range(rounds)]
+                row["ms"] = statistics.median(times) * 1e3
+            rows.append(row)
+    logprob_triton.HOPPER = base
     return rows
 
 
-# ---- the table --------------------------------------------------------------------------------
+# ---- the table
+
+COLUMNS = [  # heading, key in the row, width, format
+    ("N", "n", 6, "d"),
+    ("H", "h", 5, "d"),
+    ("V", "v", 7, "d"),
+    ("zero", "zero", 4, ".0%"),
+    ("T", "temperature", 4, ".1f"),
+    ("contender", "name", 22, "s"),
+    ("mode", "mode", 5, "s"),
+    ("ms", "ms", 9, ".2f"),
+    ("TFLOP/s", "tflops", 8, ".2f"),
+    ("count", "convention", 5, "s"),
+    ("% mm", "of_mm", 5, ".0%"),
+    ("peak MB", "peak_mb", 8, ".0f"),
+    ("|d logp|", "logp_error", 8, ".1e"),
+    ("d hidden", "d_hidden_error", 8, ".1e"),
+    ("d weight", "d_weight_error", 8, ".1e"),
+]
 
 
-def show(row: dict) -> str:
-    def number(key: str, digits: int, width: int, scale: float = 1) -> str:
-        return f"{row[key] * scale:{width}.{digits}f}" if row.get(key) is not None else " " * (width - 1) + "-"
-
-    error = row.get("error") or {}
-    exact = " ".join(f"{error[k]:8.1e}" for k in ("logp", "d_hidden", "d_weight")) if error else " " * 26
-    shape = f"{row['n']:6d} {row['h']:5d} {row['v']:7d} {row['zero']:4.0%} {row['temperature']:4.1f}"
-    figures = f"{number('ms', 2, 10)} {number('tflops', 2, 8)} {row.get('convention', '-'):>5s} {number('of_mm', 0, 5, 100)}"
-    return f"{shape}  {row['name']:26s} {row['mode']:6s} {figures} {number('peak_mb', 0, 8)}  {exact}  {row['note']}".rstrip()
-
-
-HEADER = (
-    f"{'N':>6s} {'H':>5s} {'V':>7s} {'zero':>4s} {'T':>4s}  {'':26s} {'mode':6s} {'ms':>10s} {'TFLOP/s':>8s} {'count':>5s} {'% mm':>5s} "
-    f"{'peak MB':>8s}  {'|d logp|':>8s} {'d hidden':>8s} {'d weight':>8s}"
-)
-
-
-def bars(rows: list[dict]) -> dict[str, float]:
-    """The plain version's bars on a CPU: peak memory and time as a share of naive."""
-    total = {row["name"]: row for row in rows if row["mode"] == "total" and not row["zero"] and not row["note"]}
-    base = total["naive"]
-    return {
-        "memory, general (bar 0.25)": total["ours"]["peak_mb"] / base["peak_mb"],
-        "memory, known weights (bar 0.25)": total["ours, known weights"]["peak_mb"] / base["peak_mb"],
-        "time, general (bar 1.20)": total["ours"]["ms"] / base["ms"],
-        "time, known weights (bar 0.95)": total["ours, known weights"]["ms"] / base["ms"],
-    }
+def table_line(row: dict) -> str:
+    cells = []
+    for _, key, width, form in COLUMNS:
+        text = format(row[key], form) if row.get(key) is not None else "-"
+        cells.append(text.rjust(width))
+    return " ".join([*cells, row["note"]]).rstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--variants", action="store_true", help="time the Hopper kernel configurations against each other")
-    parser.add_argument("--rounds", type=int, default=0, help="timed runs of each (default 20 on a GPU, 5 on a CPU, 3 with --quick)")
-    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="JSON as the last line")
+    parser.add_argument("--variants", action="store_true", help="kernel configurations (Hopper)")
+    rounds_help = "timed runs of each (default: 20 on a GPU, 5 on a CPU, 3 with --quick)"
+    parser.add_argument("--rounds", type=int, default=0, help=rounds_help)
+    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)  # see peak_mb
     args = parser.parse_args()
     if args.memory_of:
-        return memory_of(args.memory_of[0], args.memory_of[1], [int(a) for a in args.memory_of[2:]])
-
-    rounds = args.rounds or (3 if args.quick else 20 if CUDA else 5)
-    shapes = GPU_SHAPES[: 1 if args.quick or args.variants else None] if CUDA else CPU_QUICK if args.quick else CPU_SHAPES
+        name, mode, *shape = args.memory_of
+        return print(measure_peak_mb(tuple(map(int, shape)), name, mode))
     if args.variants and not (CUDA and torch.cuda.get_device_capability()[0] == 9):
         sys.exit("error: --variants needs a Hopper GPU (compute capability 9.0)")
+
+    default_rounds = 20 if CUDA else 5
+    rounds = args.rounds or (3 if args.quick else default_rounds)
     result = circumstances(DEVICE, "triton")
     rows = []
-    for i, shape in enumerate(shapes):
-        print(f"N, H, V = {shape}", file=sys.stderr, flush=True)
-        rows += measure_variants(shape, rounds) if args.variants else measure(shape, rounds)
-        if i == 0 and not args.quick and not args.variants:
-            for zero, temperature in ((0.5, 1.0), (0.9, 1.0), (0.0, 0.7)) if CUDA else ((0.9, 1.0),):
-                rows += measure(shape, max(3, rounds // 2), zero, temperature, memory=False)
-    result |= dict(dtype="bf16" if CUDA else "fp32", rounds=rounds, command="python bench/logprob.py " + " ".join(sys.argv[1:]), rows=rows)
-    if not CUDA:
-        result["bars"] = bars(rows)
-    path = save("logprob", result, "quick" if args.quick else "variants" if args.variants else "")
+    if args.variants:
+        rows += measure_variants(QUICK, rounds)
+    elif args.quick:
+        rows += measure(QUICK, rounds)
+    else:
+        for shape in SHAPES:
+            print(f"N, H, V = {shape}", file=sys.stderr, flush=True)
+            rows += measure(shape, rounds)
+        for zero, temperature in OTHER_SETTINGS:
+            rows += measure(SHAPES[0], max(3, rounds // 2), zero, temperature, memory=False)
+    command = " ".join(["python bench/logprob.py", *sys.argv[1:]])
+    result |= dict(dtype=str(DTYPE), rounds=rounds, command=command, rows=rows)
+    tag = "variants" if args.variants else "quick" if args.quick else ""
+    path = save("logprob", result, tag)
 
     print(f"{headline(result)}; {path.name}")
-    print(HEADER)
+    print(*(heading.rjust(width) for heading, _, width, _ in COLUMNS))
     for row in rows:
-        print(show(row))
-    for bar, value in result.get("bars", {}).items():
-        print(f"{bar}: {value:.2f}")
+        print(table_line(row))
     if args.json:
         print(json.dumps(result))
 
