@@ -1,15 +1,17 @@
-"""The benchmarks: they run, they say what they promise, they refuse what they cannot use, and their contenders do the same work."""
+"""The benchmarks run, print their figures and refuse bad input; their contenders do equal work."""
 
 import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from bench import recipes
 from bench import sample as bench_sample
 from bench import step as bench_step
 from support.errors import exit_on_bad_input
@@ -41,118 +43,123 @@ def last_line(script: str, *flags: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def work_of(directory: str, *flags: str) -> tuple[argparse.Namespace, bench_step.Work]:
+def work_of(directory: str, *flags: str) -> tuple[argparse.Namespace, recipes.Work]:
     parsed = bench_step.parse(["--model", directory, *SMALL, *flags])
-    return parsed, bench_step.make_work(parsed, tiny.SIZES["vocab_size"])
+    return parsed, recipes.make_work(parsed, tiny.SIZES["vocab_size"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- the same work
+# ---- step.py: the same work ----
 @pytest.mark.parametrize("seed", range(4))
 def test_the_dense_recipe_has_our_gradient(directory, seed):
     _, work = work_of(directory, f"--seed={seed}")
-    model = bench_step.load_native(work.args).model
-    groups = bench_step.unfinished(bench_step.sample_ours(model, work), work)
-    ours, dense = (bench_step.gradients(name, model, work, groups) for name in ("ours", "dense"))
-    assert bench_step.difference(dense, ours) < 1e-5
-    for name in ("selective", "full"):
-        assert bench_step.difference(bench_step.gradients(name, model, work, groups), ours) == 0
-    assert model.activation_checkpointing == "none"  # or the contenders after it would pay for it
-    others = bench_step.unfinished(bench_step.sample_dense(model, work), work)
-    assert (
-        bench_step.difference(bench_step.gradients("dense", model, work, others), ours) > 1e-2
-    )  # the measure does see a difference
+    model = recipes.load_native(work.args).model
+    groups = recipes.unfinished(recipes.sample_ours(model, work), work.args)
+    ours = recipes.gradients("ours", model, work, groups)
+    dense = recipes.gradients("dense", model, work, groups)
+    assert recipes.difference(dense, ours) < 1e-5
+    others = recipes.unfinished(recipes.sample_dense(model, work), work.args)
+    of_other_traces = recipes.gradients("dense", model, work, others)
+    assert recipes.difference(of_other_traces, ours) > 1e-2  # the measure sees a difference
 
 
-@pytest.mark.parametrize("name", ["ours", "selective", "full", "dense"])
+@pytest.mark.parametrize("kept", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing_in_our_gradient(directory, kept):
+    _, work = work_of(directory)
+    _, checkpointed = work_of(directory, f"--activation-checkpointing={kept}")
+    model = recipes.load_native(work.args).model
+    groups = recipes.unfinished(recipes.sample_ours(model, work), work.args)
+    plain = recipes.gradients("ours", model, work, groups)
+    assert recipes.difference(recipes.gradients("ours", model, checkpointed, groups), plain) == 0
+    assert model.activation_checkpointing == "none"  # dense computes with the same model
+
+
+@pytest.mark.parametrize("kept", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["ours", "dense"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_trains(directory, name, dtype):
-    _, work = work_of(directory, f"--dtype={dtype}")
-    learner = bench_step.CONTENDERS[name].load(work.args)
+def test_a_step_trains(directory, name, dtype, kept):
+    _, work = work_of(directory, f"--dtype={dtype}", f"--activation-checkpointing={kept}")
+    learner = recipes.CONTENDERS[name].load(work.args)
     before = [parameter.detach().clone() for parameter in learner.model.parameters()]
     seconds = bench_step.step(name, learner, work)
     assert seconds["total_s"] == pytest.approx(seconds["sample_s"] + seconds["score_update_s"])
-    assert any(
-        not torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True)
-    )
-    assert all(parameter.grad is None for parameter in learner.model.parameters())
+    after = list(learner.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(parameter.grad is None for parameter in after)
 
 
-def test_making_the_optimizer_ready_changes_no_weight(directory):
+def test_making_the_optimizer_ready_changes_no_parameter(directory):
     _, work = work_of(directory)
-    learner = bench_step.load_native(work.args)
-    fresh = bench_step.load_model(directory)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(learner.model.parameters(), fresh.parameters(), strict=True)
-    )
-    assert all(
-        torch.count_nonzero(state["exp_avg"]) == 0 for state in learner.optimizer.state.values()
-    )
+    learner = recipes.load_native(work.args)
+    fresh = recipes.load_model(directory)
+    for a, b in zip(learner.model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.count_nonzero(learner.optimizer.state[a]["exp_avg"]) == 0
 
 
 def test_no_trace_ends_with_the_marker(directory):
     _, work = work_of(directory)
-    groups = [[bench_step.Trace([work.marker] * 4, [0.0] * 4, finished=False)]]
-    ((trace,),) = bench_step.unfinished(groups, work)
-    assert trace.ids[:3] == [work.marker] * 3 and trace.ids[3] != work.marker
+    marker = recipes.MARKER
+    groups = [[recipes.Trace([marker] * 4, [0.0] * 4, finished=False)]]
+    ((trace,),) = recipes.unfinished(groups, work.args)
+    assert trace.ids[:3] == [marker] * 3 and trace.ids[3] != marker
 
 
-# ---------------------------------------------------------------------------------------------------------------- what is printed
+# ---- what is printed ----
 def test_step_prints_its_figures(directory):
     result = last_line("step.py", "--model", directory, *SMALL)
-    keys = {"sample_s", "score_update_s", "total_s", "peak_mb", "loaded_mb", "tokens_per_s"}
-    assert (
-        keys
-        | {
-            "score_s",
-            "update_s",
-            "dense",
-            "ratios",
-            "rows",
-            "device",
-            "date",
-            "versions",
-            "threads",
-        }
-        <= result.keys()
-    )
-    assert (
-        keys | {"old_logp_s", "null_s", "update_s", "gradient_difference"} <= result["dense"].keys()
-    )
-    assert result["dense"]["gradient_difference"] < 1e-5
-    assert result["ratios"]["dense"]["total_s"] == pytest.approx(
-        result["dense"]["total_s"] / result["total_s"]
-    )
+    figures = {"sample_s", "score_update_s", "total_s", "peak_mb", "loaded_mb", "tokens_per_s"}
+    ours = {"score_s", "update_s", "dense", "ratios", "rows"}
+    head = {"device", "date", "versions", "threads"}
+    assert figures | ours | head <= result.keys()
+    dense = result["dense"]
+    assert figures | {"old_logp_s", "null_s", "update_s", "gradient_difference"} <= dense.keys()
+    assert dense["gradient_difference"] < 1e-5
+    ratio = dense["total_s"] / result["total_s"]
+    assert result["ratios"]["dense"]["total_s"] == pytest.approx(ratio)
     assert [row["name"] for row in result["rows"]] == ["ours", "dense"]
     assert 0 < result["loaded_mb"] <= result["peak_mb"]
-    assert (
-        directory not in json.dumps(result) and "--model tiny" in result["command"]
-    )  # a result tells nothing of somebody's disk
 
 
-def test_step_sweeps(directory):
+def test_a_result_holds_no_path_of_the_machine(directory):
+    result = last_line("step.py", "--model", directory, *SMALL, "--only=ours")
+    assert directory not in json.dumps(result) and "--model tiny" in result["command"]
+
+
+def test_a_contender_that_fails_has_a_note_and_the_others_are_timed(directory, monkeypatch):
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, **_) -> None:
+            super().__init__(max_workers=1)
+
+        def submit(self, function, name, work):
+            def run():
+                if name == "dense":
+                    raise torch.OutOfMemoryError("no memory\nleft")
+                return function(name, work)
+
+            return super().submit(run)
+
+    monkeypatch.setattr(bench_step, "ProcessPoolExecutor", Pool)
+    _, work = work_of(directory)
+    figures, ratios, rows = bench_step.measure(["ours", "dense"], work, rounds=1)
+    assert figures["dense"] == {"note": "no memory left"}
+    assert figures["ours"]["total_s"] > 0 and ratios == {}
+    assert [row["name"] for row in rows] == ["ours"]
+    assert bench_step.table(bench_step.COLUMNS, figures)[2].endswith("no memory left")
+
+
+def test_the_sweep_has_both_ends_of_every_axis_and_their_growth(directory):
     flags, _ = work_of(directory)
     rows = bench_step.sweep(flags, tiny.SIZES["vocab_size"], {"traces": (2, 4), "prompt": (5, 10)})
     assert [(row["traces"], row["prompt"]) for row in rows] == [(2, 5), (4, 5), (3, 5), (3, 10)]
-    assert [row["tokens_prompt_once"] for row in rows] == [
-        2 * (5 + 2 * 7),
-        2 * (5 + 4 * 7),
-        2 * (5 + 3 * 7),
-        2 * (10 + 3 * 7),
-    ]
-    assert [row["tokens_prompt_repeated"] for row in rows] == [
-        2 * 2 * 12,
-        2 * 4 * 12,
-        2 * 3 * 12,
-        2 * 3 * 17,
-    ]
-    assert all(
-        row["s_per_1000_once"] == pytest.approx(1000 * row["total_s"] / row["tokens_prompt_once"])
-        for row in rows
-    )
-    assert (
-        len(bench_step.sweep_table(rows)) == 1 + 4 + 1 + 1 + 2
-    )  # a title, the rows, a gap between axes and one before the two growths
+    once = [2 * (5 + 2 * 7), 2 * (5 + 4 * 7), 2 * (5 + 3 * 7), 2 * (10 + 3 * 7)]
+    repeated = [2 * 2 * 12, 2 * 4 * 12, 2 * 3 * 12, 2 * 3 * 17]
+    assert [row["tokens_prompt_once"] for row in rows] == once
+    assert [row["tokens_prompt_repeated"] for row in rows] == repeated
+    grown = bench_step.growth(rows)
+    assert list(grown) == ["traces 2 to 4", "prompt 5 to 10"]
+    assert grown["prompt 5 to 10"]["tokens_prompt_repeated"] == 17 / 12
+    assert grown["traces 2 to 4"]["total_s"] == rows[1]["total_s"] / rows[0]["total_s"]
+    assert len(bench_step.table(bench_step.GROWTH, grown)) == 1 + 2  # a title, a line per axis
 
 
 def test_sample_prints_its_figures(directory):
@@ -205,7 +212,7 @@ def test_what_a_decode_step_needs(tied):
     assert flops == 2 * 3 * weights + 3 * held * 4 * 2 * 4 * 4  # 4 query heads
 
 
-# ---------------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input ----
 @pytest.mark.parametrize(
     ("script", "flags", "says"),
     [
@@ -216,7 +223,6 @@ def test_what_a_decode_step_needs(tied):
         (bench_step, ["--new", "many"], "--new"),
         (bench_step, ["--peer", "none", "dense"], "none goes alone"),
         (bench_step, ["--peer", "verl"], "--peer"),
-        (bench_step, ["--memory"], "--only"),
         (bench_step, ["--sweep", "--only", "dense"], "--sweep"),
         (bench_sample, ["--model", "nowhere"], "nowhere/config.json"),
         (bench_sample, ["--dtype", "float8"], "--dtype"),
@@ -245,14 +251,16 @@ def test_a_peer_that_is_not_installed_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--peer", "transformers"])
     with pytest.raises(SystemExit):
         exit_on_bad_input(bench_step.main)()
-    assert "transformers library, which is not installed here" in capsys.readouterr().err
+    assert "transformers is not installed here" in capsys.readouterr().err
 
 
-def test_broken_weights_found_by_a_measuring_process_are_refused_like_any_input(
+def test_broken_weights_found_in_a_contenders_process_are_refused_in_one_line(
     directory, monkeypatch, capsys
 ):
     (Path(directory) / "model.safetensors").write_bytes(b"not weights")
     monkeypatch.setattr(sys, "argv", ["bench", "--model", directory, *SMALL])
     with pytest.raises(SystemExit) as stopped:
         exit_on_bad_input(bench_step.main)()
-    assert stopped.value.code == 2 and "not a readable safetensors file" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert line.startswith("error: ") and "not a readable safetensors file" in line
