@@ -1,10 +1,19 @@
-"""Held-out figures of a model: is the answer right, and does its own trace raise the gold answer's log-prob?
+"""Held-out figures: is the model's answer right, and does its own trace help it?
 
-python evaluate.py --model DIR --data test.jsonl               exact match with and without thinking, gain, trace length
-python evaluate.py --model DIR --question Q --gold A           each gold token, coloured by how much thinking raised it
+    eval_accuracy        share of examples whose answer, after a trace, is the gold answer
+    eval_accuracy_null   the same after the empty trace (null think): prompt, marker, answer
+    eval_gain            log-prob of the gold answer after the trace - after the null think,
+                         nats per answer, mean
+    eval_trace_len       tokens of a trace, a sampled marker included, mean
+
+Trace and answer are decoded greedily, so the figures have no random part. An answer is right if it
+ends with an eos token, has no more tokens than the gold answer, and has the same text.
+
+    python evaluate.py --model DIR --data test.jsonl          the four figures
+    python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
+                                                              to each token of the gold answer
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -14,9 +23,8 @@ from torch import Tensor
 from data import Example, Pairs, Tokenizer
 from model import Transformer
 from reward import score
-from sample import sample_traces, trace_ids
-from support.errors import InputError, OneLineParser, exit_on_bad_input
-from support.weights import load_model
+from sample import Trace, model_flags, open_model, sample_traces, think_and_answer, trace_ids
+from support.errors import InputError, exit_on_bad_input
 
 
 @torch.no_grad()
@@ -27,132 +35,99 @@ def evaluate(
     max_trace: int,
     batch: int = 64,
 ) -> dict[str, float]:
-    """Held-out figures over `examples`, decoding greedily: the answer is right if its text equals the gold answer's.
-
-    eval_accuracy: after a trace of the model's own. eval_accuracy_null: with the empty trace. eval_gain: how much the trace raises the
-    gold answer's log-prob, nats per answer. eval_trace_len: tokens.
-    """
-    marker, totals = tokenizer.marker_id, torch.zeros(4, dtype=torch.float64)
+    """The four figures over `examples`, at least one, `batch` of which are decoded together."""
+    marker = tokenizer.marker_id
+    totals = dict.fromkeys(("accuracy", "accuracy_null", "gain", "trace_len"), 0.0)
     for start in range(0, len(examples), batch):
         part = examples[start : start + batch]
-        thoughts = sample_traces(
-            model, [e.prompt for e in part], 1, max_trace, 0.0, [marker], cut_ids=tokenizer.cut_ids
+        prompts = [example.prompt for example in part]
+        groups = sample_traces(
+            model, prompts, 1, max_trace, 0.0, stop_ids=[marker], cut_ids=tokenizer.cut_ids
         )
-        traces = [trace for (trace,) in thoughts]
-        right = answers_right(
-            model, tokenizer, part, [trace_ids(trace, marker) for trace in traces]
-        )
-        right_null = answers_right(model, tokenizer, part, [[marker] for _ in part])
-        for example, trace, *rights in zip(part, traces, right, right_null, strict=True):
+        traces = [trace for (trace,) in groups]
+        thoughts = [trace_ids(trace, marker) for trace in traces]
+        no_thoughts = [[marker] for _ in part]
+        totals["accuracy"] += count_right(model, tokenizer, part, thoughts)
+        totals["accuracy_null"] += count_right(model, tokenizer, part, no_thoughts)
+        for example, trace in zip(part, traces, strict=True):
             scores = score(model, example.prompt, [trace], example.answer, marker)
-            gain = scores.answer_logp.sum() - scores.null_logp.sum()
-            totals += torch.tensor([*rights, float(gain), len(trace.ids)], dtype=torch.float64)
-    names = ("eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len")
-    return dict(zip(names, (totals / len(examples)).tolist(), strict=True))
+            totals["gain"] += float(scores.answer_logp.sum() - scores.null_logp.sum())
+            totals["trace_len"] += len(trace.ids)
+    return {f"eval_{name}": total / len(examples) for name, total in totals.items()}
 
 
-def answers_right(
-    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], contexts: list[list[int]]
-) -> list[bool]:
-    """Whether the greedy answer after prompt + context is the gold answer. More tokens than the gold has cannot be right."""
+def count_right(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    contexts: Sequence[list[int]],
+) -> int:
+    """How many greedy answers after prompt + context (the trace, with its marker) are right."""
     prompts = [[*e.prompt, *context] for e, context in zip(examples, contexts, strict=True)]
-    longest = max(len(e.answer) for e in examples)
-    answers = sample_traces(model, prompts, 1, longest, 0.0, tokenizer.eos_ids)
-    return [
-        answer.finished
-        and len(answer.ids) <= len(e.answer)
-        and tokenizer.decode(answer.ids).strip() == tokenizer.decode(e.answer).strip()
-        for e, (answer,) in zip(examples, answers, strict=True)
-    ]
+    longest = max(len(example.answer) for example in examples)
+    groups = sample_traces(model, prompts, 1, longest, 0.0, stop_ids=tokenizer.eos_ids)
+    right = 0
+    for example, (answer,) in zip(examples, groups, strict=True):
+        # `longest` is another example's limit: what comes out must not depend on the batch.
+        if answer.finished and len(answer.ids) <= len(example.answer):
+            gold = tokenizer.decode(example.answer).strip()
+            right += tokenizer.decode(answer.ids).strip() == gold
+    return right
+
+
+# ---- one question
+@torch.no_grad()
+def print_gain(
+    model: Transformer, tokenizer: Tokenizer, prompt: list[int], trace: Trace, gold: list[int]
+) -> None:
+    """Prints the gold answer's tokens and what the trace changes in their log-probs."""
+    scores = score(model, prompt, [trace], gold, tokenizer.marker_id)
+    logp, null_logp = scores.answer_logp[0], scores.null_logp  # [T] each
+    after, without = float(logp.sum()), float(null_logp.sum())
+    gain = f"gain {after - without:+.2f} nats"
+    print(f"gold    {show_gains(tokenizer, gold, logp - null_logp)}")
+    print(f"        log-prob {after:.2f} after thinking, {without:.2f} without: {gain}")
+
+
+def show_gains(tokenizer: Tokenizer, gold: list[int], gains: Tensor) -> str:
+    """The gold tokens, each with its gain in nats [T]: on a terminal as a colour, else in brackets.
+
+    Green: the trace raised the token's log-prob, red: it lowered it, in four shades of one nat.
+    """
+    shown = []
+    for token, gain in zip(gold, gains.tolist(), strict=True):
+        text = tokenizer.decode([token], special=True)
+        if not sys.stdout.isatty():
+            shown.append(f"{text} ({gain:+.1f})")
+            continue
+        shade = min(4, int(abs(gain) + 0.5))  # 0: below half a nat, no colour
+        # The terminal's 256 colours: 16 + 36 red + 6 green + blue, each from 0 to 5.
+        colour = 16 + (6 if gain > 0 else 36) * shade
+        shown.append(f"\x1b[48;5;{colour}m{text}\x1b[0m" if shade else text)
+    return " ".join(shown)
 
 
 def main() -> None:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", required=True, help="Hugging Face directory, a run's final/ for instance"
-    )
-    parser.add_argument("--question", help="one question to answer")
-    parser.add_argument(
-        "--gold", help="its gold answer: shows what thinking does to each of its tokens"
-    )
-    parser.add_argument("--data", help="JSONL file to score instead")
-    parser.add_argument("--limit", type=int, default=1000, help="rows of --data to score")
-    parser.add_argument("--max-trace", type=int, default=512, help="tokens")
-    parser.add_argument("--max-answer", type=int, default=512, help="tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--marker", help="default: the model directory's own")
-    parser.add_argument("--prompt-format", help="default: the model directory's own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser = model_flags(__doc__)
+    parser.add_argument("--data", help="JSONL file of question-answer pairs to score")
+    parser.add_argument("--limit", type=int, default=1000, help="pairs of --data, from the top")
+    parser.add_argument("--question", help="one question instead, together with --gold")
+    parser.add_argument("--gold", help="its gold answer")
     args = parser.parse_args()
-    if (args.question is None) == (args.data is None):
-        raise InputError("give either --question or --data")
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}, it should be 0 or more")
-    tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
-    if tokenizer.marker_is_new:
-        raise InputError(
-            f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: was this model trained with another?"
-        )
-    model = load_model(args.model, getattr(torch, args.dtype), args.device)
-    if args.data:
-        pairs = Pairs(args.data, tokenizer)
-        figures = evaluate(
-            model, tokenizer, [pairs[i] for i in range(min(args.limit, len(pairs)))], args.max_trace
-        )
-        print("\n".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    else:
-        talk(model, tokenizer, args)
-
-
-def talk(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Prints the trace and the answer to one question, and what the trace does to the gold answer."""
-    marker = tokenizer.marker_id
-    prompt = tokenizer.encode_prompt(
-        tokenizer.prompt_format.replace("{question}", args.question.strip())
-    )
-    if not prompt:
-        raise InputError("--question is empty")
-    ((trace,),) = sample_traces(
-        model, [prompt], 1, args.max_trace, args.temperature, [marker], args.seed, tokenizer.cut_ids
-    )
-    context = [*prompt, *trace_ids(trace, marker)]
-    ((answer,),) = sample_traces(
-        model, [context], 1, args.max_answer, args.temperature, tokenizer.eos_ids, args.seed
-    )
-    print(
-        f"trace   {tokenizer.decode(trace.ids, special=True)}"
-        + ("" if trace.finished else " [cut: the marker was forced]")
-    )
-    print(f"answer  {tokenizer.decode(answer.ids)}")
-    if args.gold:
-        gold = tokenizer.encode_answer(args.gold)
-        with torch.no_grad():
-            scores = score(model, prompt, [trace], gold, marker)
-        print(f"gold    {colour_by_gain(tokenizer, gold, scores.answer_logp[0], scores.null_logp)}")
-        think, null = float(scores.answer_logp.sum()), float(scores.null_logp.sum())
-        print(
-            f"        log-prob {think:.2f} after thinking, {null:.2f} without: gain {think - null:+.2f} nats"
-        )
-
-
-def colour_by_gain(tokenizer: Tokenizer, gold: list[int], logp: Tensor, null_logp: Tensor) -> str:
-    """The gold tokens, green where thinking raised their log-prob and red where it lowered it; plain numbers where colours do not show."""
-    shown = []
-    for token, gain in zip(gold, (logp - null_logp).tolist(), strict=True):
-        text = tokenizer.decode([token], special=True)
-        if sys.stdout.isatty():
-            strength = min(4, int(abs(gain) + 0.5))  # full colour from 3.5 nats
-            ground = (16 + 36 * strength, 16 + 6 * strength)[
-                gain > 0
-            ]  # a step of the terminal's red or green scale
-            shown.append(f"\x1b[48;5;{ground}m{text}\x1b[0m" if strength else text)
-        else:
-            shown.append(f"{text} ({gain:+.1f})")
-    return " ".join(shown)
+    one_question = args.question is not None
+    if one_question == (args.data is not None) or one_question != (args.gold is not None):
+        raise InputError("give either --data, or --question and --gold")
+    if args.limit < 1:
+        raise InputError(f"--limit is {args.limit}, it should be 1 or more")
+    model, tokenizer = open_model(args)
+    if one_question:
+        prompt, trace = think_and_answer(model, tokenizer, args)
+        print_gain(model, tokenizer, prompt, trace, tokenizer.encode_answer(args.gold))
+        return
+    pairs = Pairs(args.data, tokenizer)
+    examples = [pairs[i] for i in range(min(args.limit, len(pairs)))]
+    for name, value in evaluate(model, tokenizer, examples, args.max_trace).items():
+        print(f"{name} {value:.4g}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import Config, Prefix, Transformer, rope_table
-from sample import Beginning, Slots
+from sample import DecodeBatch, trace_starts
 from support.errors import InputError
 from support.weights import copy_token_rows, load_model, read_config, save_model
 
@@ -80,18 +80,17 @@ def test_a_text_read_in_pieces_equals_the_text_read_at_once(name, dtype, toleran
 @every_model
 @both_dtypes
 @torch.no_grad()
-def test_the_samplers_slots_token_by_token_equal_the_text_read_at_once(name, dtype, tolerance):
+def test_the_decoding_batch_token_by_token_equals_the_text_read_at_once(name, dtype, tolerance):
     model, tokens = load_model(GOLDEN / name, dtype), golden_tokens(name)
     whole = model(tokens)
-    slots = Slots(model.config, 2, capacity=30, traces=2, like=whole)
-    slots.live.fill_(True)
-    slots.kv.fill_(float("nan"))  # what no token has been written to must not be read
+    batch = DecodeBatch(model.config, 2, capacity=30, max_new=24, like=whole)
+    batch.live.fill_(True)
+    batch.kv.fill_(float("nan"))  # where no token has been written, nothing must be read
     steps = []
     for t in range(24):
-        steps.append(model(tokens[:, t : t + 1], slots))
-        slots.length += slots.live
-        slots.steps += 1
-    assert_close(torch.cat(steps, dim=1), whole, tolerance)
+        batch.feed(model, tokens[:, t])
+        steps.append(batch.hidden)
+    assert_close(torch.stack(steps, dim=1), whole, tolerance)
 
 
 @every_model
@@ -99,31 +98,17 @@ def test_the_samplers_slots_token_by_token_equal_the_text_read_at_once(name, dty
 @torch.no_grad()
 def test_rows_of_different_length_decode_as_if_each_were_alone(name, dtype, tolerance):
     model, tokens = load_model(GOLDEN / name, dtype), golden_tokens(name)
-    prefix = Prefix()
-    model(
-        torch.stack([tokens[0, :14].where(torch.arange(14) < 3, 7), tokens[1, :14]]), prefix
-    )  # the first row is padded by 11
-    slots = Slots(model.config, 4, capacity=24, traces=4, like=tokens.new_empty(0, dtype=dtype))
-    hidden = torch.zeros(model.config.hidden_size, dtype=dtype)
-    slots.refill(
-        range(4), iter([Beginning(i, (3, 14)[i // 2], prefix, i // 2, hidden) for i in range(4)])
-    )
-    steps = []
+    whole = model(tokens)  # [2, 24, H]
+    prompts = [tokens[0, :3].tolist(), tokens[1, :14].tolist()]
+    batch = DecodeBatch(model.config, 4, capacity=24, max_new=10, like=whole)
+    batch.kv.fill_(7.0)  # left over from earlier traces
+    batch.admit(trace_starts(model, prompts, 2, seeds=[0, 0], max_new_tokens=10))
+    steps = [batch.hidden]
     for t in range(10):
-        steps.append(
-            model(
-                torch.stack(
-                    [tokens[0, 3 + t], tokens[0, 3 + t], tokens[1, 14 + t], tokens[1, 14 + t]]
-                )[:, None],
-                slots,
-            )
-        )
-        slots.length += slots.live
-        slots.steps += 1
-    got, whole = torch.cat(steps, dim=1), model(tokens)  # [4, 10, H], [2, 24, H]
-    assert_close(
-        got, torch.stack([whole[0, 3:13], whole[0, 3:13], whole[1, 14:], whole[1, 14:]]), tolerance
-    )
+        batch.feed(model, torch.stack([tokens[0, 3 + t], tokens[1, 14 + t]]).repeat_interleave(2))
+        steps.append(batch.hidden)
+    expected = torch.stack([whole[0, 2:13], whole[1, 13:]])  # [2, 11, H]
+    assert_close(torch.stack(steps, dim=1), expected.repeat_interleave(2, dim=0), tolerance)
 
 
 @every_model
