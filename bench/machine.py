@@ -1,4 +1,4 @@
-"""What every benchmark here needs to know about the machine it runs on, and how it writes down what it measured."""
+"""What the benchmarks share: the machine's description, time, memory, saved results, checks."""
 
 import datetime
 import importlib.metadata
@@ -20,12 +20,16 @@ from support.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# ---- the head of a result, and its file
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{model.group(1) if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+        name = found.group(1) if found else name
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -40,21 +44,24 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def circumstances(device: str, *packages: str) -> dict:
-    """The head of every result: where, when, with what. The load average is the machine's before we began: above zero, somebody else
-    was computing too."""
-    head = dict(
-        device=device_name(device),
-        date=datetime.date.today().isoformat(),
-        versions=versions(*packages),
-    )
-    head["threads"] = torch.get_num_threads()
+    """The first entries of every result: device, date, versions, threads.
+
+    On a CPU the load average, too, as it was before the benchmark: above 0, other programs ran.
+    """
+    head = {
+        "device": device_name(device),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(*packages),
+        "threads": torch.get_num_threads(),
+    }
     if device == "cpu" and hasattr(os, "getloadavg"):
         head["load_average"] = [round(load, 1) for load in os.getloadavg()]
     return head
 
 
 def headline(result: dict) -> str:
-    return f"{result['device']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; {result['threads']} threads"
+    installed = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['device']}; {installed}; {result['threads']} threads"
 
 
 def say(text: str) -> None:
@@ -63,94 +70,75 @@ def say(text: str) -> None:
 
 
 def recorded_command(script: str, model: str) -> str:
-    """The command as the result remembers it: the model by its name alone, wherever it stands here."""
-    here = {
-        model: Path(model).resolve().name,
-        f"--model={model}": f"--model={Path(model).resolve().name}",
-    }
-    return shlex.join(
-        ["python", f"bench/{script}", *(here.get(word, word) for word in sys.argv[1:])]
-    )
+    """The command for the result, with the model's name instead of its path on this machine."""
+    name = Path(model).resolve().name
+    shown = {model: name, f"--model={model}": f"--model={name}"}
+    words = [shown.get(word, word) for word in sys.argv[1:]]
+    return shlex.join(["python", f"bench/{script}", *words])
 
 
 def save(what: str, result: dict, *tags: str) -> Path:
-    """Writes bench/results/<what>-<device>-<date>[-<n>-threads][-<tags>].json, the threads on a CPU only."""
+    """Writes bench/results/<what>-<device>-<date>[-<n>-threads][-<tags>].json, threads on a CPU."""
     threads = f"{result['threads']}-threads" if "load_average" in result else ""
-    words = "-".join(
-        word for word in (what, result["device"], result["date"], threads, *tags) if word
-    )
-    path = (
-        ROOT
-        / "bench"
-        / "results"
-        / (re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + ".json")
-    )
+    words = [what, result["device"], result["date"], threads, *tags]
+    name = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+    path = ROOT / "bench/results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
-# ---- time ----------------------------------------------------------------------------------------------------
-
-
+# ---- time
 def now() -> float:
-    """Seconds, once a GPU has done all it was given."""
+    """Seconds, once a GPU has computed all it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Laps:
-    """Seconds a run spends in each of its parts, in the order they first occur."""
+    """Seconds that a run spends in each of its parts, in the order in which they first occur."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.last = now()
 
     def lap(self, part: str) -> None:
-        """Books the time since the last lap on `part`."""
+        """Adds the time since the last lap to `part`."""
         at = now()
         self.seconds[part] += at - self.last
         self.last = at
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------
-
-
+# ---- memory
 def held_mb(device: str) -> float:
     """MB in use: allocated tensors on a GPU, the resident memory of this process on a CPU."""
-    return (
-        torch.cuda.memory_allocated() / 1e6
-        if device == "cuda"
-        else (status_mb("VmRSS") or peak_mb(device))
-    )
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / 1e6
+    return status_mb("VmRSS") or peak_mb(device)
 
 
 def peak_mb(device: str) -> float:
-    """MB in use at this process's highest point so far."""
+    """The most MB in use so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes on Linux
-    # VmHWM first: where a process was started by a larger one, ru_maxrss begins at the other's size
+    # VmHWM first: in a process started by a larger one, ru_maxrss begins at the larger one's size.
     return status_mb("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def status_mb(name: str) -> float:
-    """A line of Linux's /proc/self/status in MB, 0 where there is no such thing."""
+    """A line of Linux's /proc/self/status in MB, 0 where there is no such file."""
     file = Path("/proc/self/status")
-    line = (
-        re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE)
-        if file.exists()
-        else None
-    )
-    return int(line.group(1)) * 1024 / 1e6 if line else 0.0
+    if not file.exists():
+        return 0.0
+    found = re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024 / 1e6 if found else 0.0
 
 
-# ---- arguments ------------------------------------------------------------------------------------------------
-
-
+# ---- arguments
 def check_device(name: str) -> str:
-    """auto, cpu or cuda -> cpu or cuda; InputError where that device is not here."""
+    """auto, cpu or cuda -> cpu or cuda; InputError where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -159,9 +147,11 @@ def check_device(name: str) -> str:
 
 
 def check_least(flag: str, value: int, least: int) -> None:
+    """InputError that names the flag where value < least."""
     if value < least:
         raise InputError(f"{flag} {value}: should be at least {least}")
 
 
 def random_ids(count: int, vocab: int, generator: torch.Generator) -> list[int]:
+    """`count` token ids below `vocab`."""
     return torch.randint(vocab, (count,), generator=generator).tolist()
