@@ -10,16 +10,21 @@ The objective and its gradient (paper, section 3). A method is the choice of one
 
 Each published f is one function below, under its formula. `AGGREGATORS` names them for the flag
 --aggregator. The answer weight w comes from autograd through the same function, so that a new f
-needs no second formula:
+needs no second formula. A function of your own stays in a file of your own:
 
     def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
         return logp.exp().min(dim=1).values
-    AGGREGATORS["hardest_token"] = hardest_token
+
+    python train.py --aggregator my_file.py:hardest_token
 
 All of it works on log-probs in nats, in the dtype it is given.
 """
 
+import importlib.util
 import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,10 +32,9 @@ from torch import Tensor
 # 1 / n_i = exp(-log n_i) is capped at exp(80) = 5.5e34. The sum over 4096 answer tokens at the cap
 # is still a finite fp32 number.
 MAX_EXPONENT = 80.0
-# Rewards whose std is below this share of the largest reward (or below this number) count as equal.
-# Dividing rounding noise by its own std would give advantages of +-2, and the last fp32 bit of a
-# log-likelihood of -300 nats is already 3e-5.
-MIN_STD = 1e-6
+# An fp32 log-prob is good to about 1e-6 nats. Rewards that differ by no more than that amounts to
+# count as equal: dividing rounding noise by its own std would give advantages of +-2.
+ROUNDING = 1e-6
 
 
 # ---- f, one function per method: logp [K, T], null_logp [T] -> reward [K]
@@ -101,6 +105,18 @@ def joint_bound(logp: Tensor) -> Tensor:
     return logp.sum(dim=1).logsumexp(dim=0) - math.log(logp.shape[0])
 
 
+def exact_match(logp: Tensor, null_logp: Tensor) -> Tensor:
+    """1 if an answer sampled after the trace is the gold answer, token by token, else 0.  RLVR.
+
+    It is, with probability prod_i c_i; so a uniform number is drawn instead of an answer. The
+    gradient with respect to log c_i is the reward, whose mean is w_i of `prob`.
+    """
+    answer_logp = logp.sum(dim=1)  # [K]
+    uniform = torch.rand(answer_logp.shape).to(answer_logp)
+    hit = (uniform < answer_logp.detach().exp()).to(logp.dtype)
+    return hit * (1 + answer_logp - answer_logp.detach())
+
+
 AGGREGATORS = {
     "log_prob": log_prob,
     "prob": prob,
@@ -111,8 +127,31 @@ AGGREGATORS = {
     "info_gain": info_gain,
     "r3": r3,
     "jlb_multi": jlb_multi,
+    "exact_match": exact_match,
 }
 GROUP_AGGREGATORS = ("r3", "jlb_multi")  # a trace's reward depends on the other traces
+
+
+@cache
+def find_aggregator(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of AGGREGATORS by its name, or `function` of a Python file by "file.py:function".
+
+    The file is run: it is the user's own code. ValueError says what is wrong with the name.
+    """
+    if name in AGGREGATORS:
+        return AGGREGATORS[name]
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        known = ", ".join(AGGREGATORS)
+        raise ValueError(f"unknown aggregator {name!r}; there are {known}, and FILE.py:FUNCTION")
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file")
+    spec = importlib.util.spec_from_file_location("user_aggregator", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{file}: defines no function {function!r}")
+    return getattr(module, function)
 
 
 # ---- reward and answer weight
@@ -124,25 +163,30 @@ def aggregate(name: str, logp: Tensor, null_logp: Tensor) -> tuple[Tensor, Tenso
     weight[k] is the softmax over traces of sum_i logp, the same for every token of a trace.
     ValueError for an unknown name.
     """
-    if name not in AGGREGATORS:
-        raise ValueError(f"unknown aggregator {name!r}; there are {', '.join(AGGREGATORS)}")
+    f = find_aggregator(name)
     logp = logp.detach().requires_grad_()
     null_logp = null_logp.detach()
     with torch.enable_grad():
-        reward = AGGREGATORS[name](logp, null_logp)
+        reward = f(logp, null_logp)
         objective = joint_bound(logp) if name == "jlb_multi" else reward.sum()
         (weight,) = torch.autograd.grad(objective, logp)
     return reward.detach(), weight
 
 
 # ---- advantage
-def advantages(reward: Tensor, center: str = "mean", scale: str = "std") -> Tensor:
+def advantages(
+    reward: Tensor, center: str = "mean", scale: str = "std", weight: Tensor | None = None
+) -> Tensor:
     """Group-relative advantages of one question's K traces, as in GRPO.
 
     reward [K] -> advantage [K], detached. center: "mean", "loo" (the mean of the other K - 1) or
-    "none". scale: "std" (unbiased) or "none". Rewards with std < 1e-6 max(1, max |reward|) count as
-    equal and get exactly 0, unless center and scale are both "none". ValueError for K = 1 with
-    centring or scaling, and for unknown names.
+    "none". scale: "std" (unbiased) or "none". weight [K, T]: the exact answer weights of the
+    rewards. ValueError for K = 1 with centring or scaling, and for unknown names.
+
+    Rewards that differ by no more than rounding count as equal and get exactly 0, unless center and
+    scale are both "none". A reward is good to 1e-6 sum_i |w_i|, as its log-probs are to 1e-6: for
+    `prob` of a long answer that is far below 1e-6, for `log_prob` it is above. Without weights the
+    floor of the std is 1e-6 max(1, max |reward|).
     """
     if center not in ("mean", "loo", "none") or scale not in ("std", "none"):
         raise ValueError(
@@ -158,8 +202,12 @@ def advantages(reward: Tensor, center: str = "mean", scale: str = "std") -> Tens
     values = reward.detach().double()
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
+    if weight is None:
+        floor = ROUNDING * values.abs().max().clamp(min=1.0)
+    else:
+        floor = ROUNDING * weight.detach().double().abs().sum(dim=1).max()
     std = values.std()
-    if std < MIN_STD * values.abs().max().clamp(min=1.0):
+    if std <= floor:
         return torch.zeros_like(reward)
     if center == "mean":
         values = values - values.mean()

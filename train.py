@@ -146,23 +146,30 @@ def score_group(
 
 
 def rewards(answer_logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """answer_logp [K, T], null_logp [T] -> reward [K], answer weight omega [K, T]."""
-    reward, omega = aggregate(args.aggregator, answer_logp, null_logp)
+    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight [K, T]."""
+    reward, weight = aggregate(args.aggregator, answer_logp, null_logp)
     if args.clip_null:
         null_reward, _ = aggregate(args.aggregator, null_logp[None], null_logp)  # [1]
-        omega = omega * (reward > null_reward)[:, None]  # where the clip holds, f is flat
+        weight = weight * (reward > null_reward)[:, None]  # where the clip holds, f is flat
         reward = (reward - null_reward).clamp(min=0)
-    if args.answer_weight == "fixed" or args.traces == 0:
-        omega = torch.ones_like(answer_logp)
-    return reward, omega
+    return reward, weight
 
 
-def group_advantages(reward: Tensor, args: Args) -> Tensor:
-    """reward [K] -> advantage [K]."""
+def group_advantages(reward: Tensor, weight: Tensor, args: Args) -> Tensor:
+    """reward [K], exact answer weight [K, T] -> advantage [K]."""
     if args.traces == 0:  # plain SFT: nothing was sampled
         return torch.zeros_like(reward)
     relative = args.aggregator == "jlb_multi"  # its rewards are relative to the group already
-    return advantages(reward, "none" if relative else args.center, args.scale)
+    return advantages(reward, "none" if relative else args.center, args.scale, weight)
+
+
+def answer_weights(weight: Tensor, args: Args) -> Tensor:
+    """Exact answer weight [K, T] -> omega [K, T] of --answer-weight."""
+    if args.answer_weight == "exact" and args.traces > 0:
+        return weight
+    if args.answer_weight == "none" and args.traces > 0:
+        return torch.zeros_like(weight)
+    return torch.ones_like(weight)
 
 
 # ---- loss and backward
@@ -331,8 +338,11 @@ def train(args: Args) -> None:
                 prompt = prefill(policy, [example.prompt])
                 scores = score_group(policy, prompt, example, traces, marker, args)
                 null_logp = frozen_null(example) if frozen_null else scores.null_logp.detach()
-                reward, omega = rewards(scores.answer_logp.detach(), null_logp, args)
-                advantage = group_advantages(reward, args)
+                # An aggregator may draw random numbers (exact_match): same ones in every run.
+                torch.manual_seed(stream_seed(args.seed, step, example.index))
+                reward, weight = rewards(scores.answer_logp.detach(), null_logp, args)
+                advantage = group_advantages(reward, weight, args)
+                omega = answer_weights(weight, args)
                 clock.lap("score")
 
                 losses = loss_terms(scores, traces, advantage, omega, args)

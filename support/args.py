@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS
+from aggregate import AGGREGATORS, GROUP_AGGREGATORS, find_aggregator
 from model import KEEP
 from support.distributed import world_size
 from support.errors import InputError, OneLineParser
@@ -52,13 +52,14 @@ class Args:
     )
     aggregator: str = arg(
         "weighted_sum_log_prob",
-        "f, the reward of a trace; the default is the paper's best",
-        list(AGGREGATORS),
+        f"f, the reward of a trace: {', '.join(AGGREGATORS)}, or FILE.py:FUNCTION; "
+        "the default is the paper's best",
     )
     answer_weight: str = arg(
         "fixed",
-        "omega: fixed = 1, the paper's main runs; exact = df/dlog c, the gradient of J",
-        ["fixed", "exact"],
+        "omega: fixed = 1, the paper's main runs; exact = df/dlog c, the gradient of J; "
+        "none = 0, the answer is not trained",
+        ["fixed", "exact", "none"],
     )
     null: str = arg(
         "policy",
@@ -182,6 +183,10 @@ def check_args(args: Args) -> None:
     for least, names in AT_LEAST.items():
         for name in names.split():
             require(getattr(args, name) >= least, args, [name], f"should be at least {least}")
+    try:
+        find_aggregator(args.aggregator)
+    except ValueError as error:
+        raise InputError(f"--aggregator {error}") from None
     for name in ("temperature", "grad_clip"):
         require(getattr(args, name) > 0, args, [name], "should be above 0")
     require(args.beta2 < 1, args, ["beta2"], "should be below 1")
