@@ -6,8 +6,19 @@ import statistics
 import pytest
 import torch
 
-from aggregate import AGGREGATORS, MAX_EXPONENT, MIN_STD, advantages, aggregate
+from aggregate import AGGREGATORS, MAX_EXPONENT, ROUNDING, advantages, aggregate, find_aggregator
 
+PUBLISHED = [
+    "log_prob",
+    "prob",
+    "geometric_mean",
+    "arithmetic_mean",
+    "weighted_sum_inverse_prob",
+    "weighted_sum_log_prob",
+    "info_gain",
+    "r3",
+    "jlb_multi",
+]
 DTYPES = [torch.float32, torch.float64]
 # Rewards that are logarithms have an absolute error (c = 1 makes them 0), the others a relative.
 LOGARITHMIC = {"log_prob", "info_gain", "r3", "jlb_multi"}
@@ -104,7 +115,7 @@ def rounding(logp: torch.Tensor, null_logp: torch.Tensor) -> float:
 # ---- reward and weight
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_reward_is_the_tables_formula(name, case, dtype):
     logp, null_logp, c, null = given(case, dtype)
     reward, _ = aggregate(name, logp, null_logp)
@@ -117,7 +128,7 @@ def test_the_reward_is_the_tables_formula(name, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_answer_weight_from_autograd_is_the_tables_closed_form(name, case, dtype):
     logp, null_logp, c, null = given(case, dtype)
     _, weight = aggregate(name, logp, null_logp)
@@ -128,28 +139,64 @@ def test_the_answer_weight_from_autograd_is_the_tables_closed_form(name, case, d
     )
 
 
-def test_the_table_has_these_nine_methods():
-    singles = [
-        "log_prob",
-        "prob",
-        "geometric_mean",
-        "arithmetic_mean",
-        "weighted_sum_inverse_prob",
-        "weighted_sum_log_prob",
-        "info_gain",
-    ]
-    assert list(AGGREGATORS) == [*singles, "r3", "jlb_multi"]
+def test_the_table_has_these_nine_methods_and_exact_match():
+    assert list(AGGREGATORS) == [*PUBLISHED, "exact_match"]
+
+
+def test_exact_match_is_one_where_the_uniform_number_lies_below_the_answers_probability(
+    monkeypatch,
+):
+    """So its mean is the probability of sampling the gold answer, token by token."""
+    c = torch.tensor([[0.5, 0.5], [0.9, 0.2], [1.0, 1.0]], dtype=torch.float64)
+    grid = (torch.arange(100) + 0.5) / 100
+    hits = torch.zeros(3, dtype=torch.float64)
+    for uniform in grid:
+        monkeypatch.setattr(torch, "rand", lambda shape, u=uniform: u.expand(shape))
+        reward, weight = aggregate("exact_match", c.log(), torch.zeros(2, dtype=torch.float64))
+        assert torch.equal(weight, reward[:, None].expand(3, 2))  # d log prod c / d log c_i = 1
+        hits += reward
+    assert hits.tolist() == [25, 18, 100]
+
+
+MY_FILE = """
+def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
+    return logp.exp().min(dim=1).values
+"""
+
+
+def test_an_aggregator_of_ones_own_is_named_by_file_and_function(tmp_path):
+    (tmp_path / "my_file.py").write_text(MY_FILE)
+    logp, null_logp, c, _ = given("ordinary", torch.float64)
+    reward, weight = aggregate(f"{tmp_path}/my_file.py:hardest_token", logp, null_logp)
+    assert reward.tolist() == pytest.approx([min(row) for row in c], rel=1e-12)
+    least = [[p if p == min(row) else 0.0 for p in row] for row in c]
+    torch.testing.assert_close(weight, torch.tensor(least, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("geometric", "unknown aggregator 'geometric'"),
+        ("nowhere.py:f", "nowhere.py: no such file"),
+        ("{file}:other", "defines no function 'other'"),
+    ],
+)
+def test_an_aggregator_that_is_not_there_is_refused_in_one_line(name, says, tmp_path):
+    (tmp_path / "my_file.py").write_text(MY_FILE)
+    with pytest.raises(ValueError) as refusal:
+        find_aggregator(name.replace("{file}", f"{tmp_path}/my_file.py"))
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_dtype_that_comes_in_goes_out_detached(name, dtype):
     logp, null_logp, _, _ = given("ordinary", dtype)
     for result in aggregate(name, logp.requires_grad_(), null_logp.requires_grad_()):
         assert result.dtype == dtype and not result.requires_grad
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_inputs_are_left_as_they_were(name):
     logp, null_logp, _, _ = given("ordinary", torch.float64)
     before = logp.clone(), null_logp.clone()
@@ -158,7 +205,7 @@ def test_inputs_are_left_as_they_were(name):
     assert not logp.requires_grad and logp.grad is None and not null_logp.requires_grad
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_come_out_under_no_grad_too(name):
     logp, null_logp, _, _ = given("ordinary", torch.float64)
     with torch.no_grad():
@@ -311,9 +358,25 @@ def test_rewards_equal_up_to_rounding_get_exactly_no_advantage(size, dtype, cent
     assert advantages(reward, center, scale).tolist() == [0.0] * 8
 
 
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_floor_of_equal_rewards_is_what_rounding_does_to_this_reward(name, scale):
+    """On answers of 200 tokens: `prob` is 1e-40 there, and its differences count all the same."""
+    r = torch.Generator().manual_seed(0)
+    base = -torch.rand(200, generator=r, dtype=torch.float64) - 0.02
+    null_logp = base - 0.5
+    noise = torch.randn(8, 200, generator=r, dtype=torch.float64)
+    if name == "r3":  # its weights come from the differences themselves
+        noise = noise[:, :1].expand(-1, 200)
+    for size, equal in ((1e-8, True), (1e-3, False)):
+        reward, weight = aggregate(name, base + size * noise, null_logp)
+        advantage = advantages(reward, "mean", scale, weight)
+        assert (advantage == 0).all() == equal
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_rewards_that_differ_by_more_than_the_floor_keep_their_advantages(size):
-    reward = size + 3 * MIN_STD * torch.arange(4, dtype=torch.float64)
+    reward = size + 3 * ROUNDING * torch.arange(4, dtype=torch.float64)
     expected = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64) / statistics.stdev(
         range(4)
     )

@@ -32,6 +32,7 @@ from support.weights import load_model
 from train import (
     LENGTH_SCALE,
     RATIO_RANGE,
+    answer_weights,
     backward_in_micro_batches,
     group_advantages,
     loss_terms,
@@ -87,8 +88,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def credit(scores: Scores, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> reward [K], advantage [K], answer weight omega [K, T]"""
-    reward, omega = rewards(scores.answer_logp.detach(), scores.null_logp.detach(), args)
-    return reward, group_advantages(reward, args), omega
+    reward, weight = rewards(scores.answer_logp.detach(), scores.null_logp.detach(), args)
+    return reward, group_advantages(reward, weight, args), answer_weights(weight, args)
 
 
 # ---- the estimator
@@ -144,7 +145,8 @@ def estimator_args(name: str, **changes) -> Args:
     return replace(args, **changes)
 
 
-SINGLE = [name for name in AGGREGATORS if name not in GROUP_AGGREGATORS]
+RANDOM = ("exact_match",)
+SINGLE = [name for name in AGGREGATORS if name not in (*GROUP_AGGREGATORS, *RANDOM)]
 
 
 def test_the_traces_of_the_enumeration_have_total_probability_one():
@@ -171,6 +173,47 @@ def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
         scores, traces, advantage * probability, weight * probability[:, None], args
     ).sum().backward()
     assert torch.equal(reward, advantage)  # center none, scale none
+    assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
+
+
+def test_exact_match_over_all_traces_and_outcomes_is_the_gradient_of_its_probability(monkeypatch):
+    """J = sum_z P(z) prod_i c_i, the probability that a sampled answer is the gold answer."""
+    model, traces, args = tiny_model(), every_trace(), estimator_args("exact_match")
+    exact_objective(model, "prob").backward()
+    exact = gradient(model)
+
+    scores = score(model, PROMPT, traces, ANSWER, MARKER)
+    probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
+    match = scores.answer_logp.detach().sum(dim=1).exp()  # [Z] probability of reward 1
+    advantage, omega = torch.zeros_like(match), torch.zeros_like(scores.answer_logp)
+    for uniform, outcome in ((0.0, match), (1.0, 1 - match)):  # all match, none does
+        monkeypatch.setattr(torch, "rand", lambda shape, u=uniform: torch.full(shape, u))
+        _, one_advantage, one_omega = credit(scores, args)
+        advantage += outcome * one_advantage
+        omega += outcome[:, None] * one_omega
+    terms = loss_terms(scores, traces, advantage * probability, omega * probability[:, None], args)
+    terms.sum().backward()
+    assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["weighted_sum_log_prob", "arithmetic_mean"])
+def test_without_answer_weight_the_estimator_is_the_gradient_through_the_traces_alone(name):
+    model, traces = tiny_model(), every_trace()
+    args = estimator_args(name, answer_weight="none")
+    fixed = tiny_model()  # the same parameters, behind the answer's probabilities as constants
+    null_logp = plain_logp(fixed, [*PROMPT, MARKER], ANSWER).detach()
+    for trace in traces:
+        actions = [*trace.ids, EOS] if trace.cut_id is not None else trace.ids
+        context = PROMPT + (trace.ids if trace.finished else [*trace.ids, MARKER])
+        answer_logp = plain_logp(fixed, context, ANSWER).detach()
+        value = AGGREGATORS[name](answer_logp[None], null_logp)[0]
+        (plain_logp(model, PROMPT, actions).sum().exp() * value).backward()
+    exact = gradient(model)
+
+    scores = score(model, PROMPT, traces, ANSWER, MARKER)
+    probability = scores.trace_logp.detach().sum(dim=1).exp()  # [Z]
+    _, advantage, omega = credit(scores, args)
+    loss_terms(scores, traces, advantage * probability, omega, args).sum().backward()
     assert relative(-LENGTH_SCALE * gradient(model), exact) < 1e-6
 
 
@@ -207,8 +250,9 @@ def train_group(model: Transformer, traces: list[Trace], args: Args, null_logp=N
     prompt = prefill(model, [PROMPT])
     scores = score_group(model, prompt, EXAMPLE, traces, MARKER, args)
     null_logp = scores.null_logp.detach() if null_logp is None else null_logp
-    reward, omega = rewards(scores.answer_logp.detach(), null_logp, args)
-    advantage = group_advantages(reward, args)
+    reward, weight = rewards(scores.answer_logp.detach(), null_logp, args)
+    advantage = group_advantages(reward, weight, args)
+    omega = answer_weights(weight, args)
     losses = loss_terms(scores, traces, advantage, omega, args)
     if losses.requires_grad:
         losses.sum().backward()
@@ -401,7 +445,7 @@ def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answe
         answer_weight="exact",
     )
     reward, weight = rewards(logp, null_logp, args)
-    advantage = group_advantages(reward, args)
+    advantage = group_advantages(reward, weight, args)
     assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0])) and torch.equal(
         reward, advantage
     )
