@@ -4,12 +4,15 @@
     eval_accuracy_null   the same after the empty trace (null think): prompt, marker, answer
     eval_gain            log-prob of the gold answer after the trace - after the null think,
                          nats per answer, mean
+    eval_gain_shuffled   the same with the trace of the next example: a trace that helps only in
+                         general keeps its gain, one about this question loses it
+    eval_gain_half       the same with the first half of the trace
     eval_trace_len       tokens of a trace, a sampled marker included, mean
 
 Trace and answer are decoded greedily, so the figures have no random part. An answer is right if it
 ends with an eos token, has no more tokens than the gold answer, and has the same text.
 
-    python evaluate.py --model DIR --data test.jsonl          the four figures
+    python evaluate.py --model DIR --data test.jsonl          the figures above
     python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
                                                               to each token of the gold answer
 """
@@ -24,8 +27,10 @@ from data import Example, Pairs, Tokenizer
 from model import Transformer
 from reward import score
 from sample import Trace, model_flags, open_model, sample_traces, think_and_answer, trace_ids
-from support.distributed import mean_over_ranks, own_share
+from support.distributed import all_shares, mean_over_ranks, own_share
 from support.errors import InputError, exit_on_bad_input
+
+FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "gain_half", "trace_len")
 
 
 @torch.no_grad()
@@ -36,25 +41,44 @@ def evaluate(
     max_trace: int,
     batch: int = 64,
 ) -> dict[str, float]:
-    """The four figures over `examples`, at least one, `batch` of which are decoded together."""
+    """The figures over `examples`, at least one, `batch` of which are decoded together.
+
+    Each rank computes its share; all ranks must call and get the figures of all examples.
+    """
     marker = tokenizer.marker_id
-    totals = dict.fromkeys(("accuracy", "accuracy_null", "gain", "trace_len"), 0.0)
-    for start in range(0, len(examples), batch):
-        part = examples[start : start + batch]
-        prompts = [example.prompt for example in part]
-        groups = sample_traces(
-            model, prompts, 1, max_trace, 0.0, stop_ids=[marker], cut_ids=tokenizer.cut_ids
-        )
-        traces = [trace for (trace,) in groups]
-        thoughts = [trace_ids(trace, marker) for trace in traces]
+    own = own_share(range(len(examples)))  # indices
+    mine = [examples[i] for i in own]
+    traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace, batch))  # of all examples
+    totals = dict.fromkeys(FIGURES, 0.0)
+    for start in range(0, len(mine), batch):
+        part = mine[start : start + batch]
+        thoughts = [trace_ids(traces[i], marker) for i in own[start : start + batch]]
         no_thoughts = [[marker] for _ in part]
         totals["accuracy"] += count_right(model, tokenizer, part, thoughts)
         totals["accuracy_null"] += count_right(model, tokenizer, part, no_thoughts)
-        for example, trace in zip(part, traces, strict=True):
-            scores = score(model, example.prompt, [trace], example.answer, marker)
-            totals["gain"] += float(scores.answer_logp.sum() - scores.null_logp.sum())
-            totals["trace_len"] += len(trace.ids)
-    return {f"eval_{name}": total / len(examples) for name, total in totals.items()}
+    for i, example in zip(own, mine, strict=True):
+        body = [token for token in traces[i].ids if token != marker]
+        other = traces[(i + 1) % len(traces)]
+        variants = [traces[i], other, body[: len(body) // 2]]
+        scores = score(model, example.prompt, variants, example.answer, marker)
+        gains = scores.answer_logp.sum(dim=1) - scores.null_logp.sum()  # [3]
+        for name, gain in zip(("gain", "gain_shuffled", "gain_half"), gains.tolist(), strict=True):
+            totals[name] += gain
+        totals["trace_len"] += len(traces[i].ids)
+    means = {f"eval_{name}": total / max(1, len(mine)) for name, total in totals.items()}
+    return mean_over_ranks(means, len(mine))
+
+
+def greedy_traces(
+    model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int, batch: int
+) -> list[Trace]:
+    traces = []
+    for start in range(0, len(examples), batch):
+        prompts = [example.prompt for example in examples[start : start + batch]]
+        stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
+        groups = sample_traces(model, prompts, 1, max_trace, 0.0, stop_ids=stop, cut_ids=cut)
+        traces += [trace for (trace,) in groups]
+    return traces
 
 
 def count_right(
@@ -74,15 +98,6 @@ def count_right(
             gold = tokenizer.decode(example.answer).strip()
             right += tokenizer.decode(answer.ids).strip() == gold
     return right
-
-
-def evaluate_on_all_ranks(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int
-) -> dict[str, float]:
-    """The same, each rank on its share of the examples; all ranks must call."""
-    own = own_share(examples)
-    figures = evaluate(model, tokenizer, own, max_trace) if own else {}
-    return mean_over_ranks(figures, len(own))
 
 
 # ---- one question

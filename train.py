@@ -46,7 +46,7 @@ from torch import Tensor
 
 from aggregate import advantages, aggregate
 from data import Example, Pairs, Tokenizer, next_examples, stream_seed
-from evaluate import evaluate_on_all_ranks
+from evaluate import evaluate
 from model import Config, Transformer
 from reward import (
     FrozenNull,
@@ -318,7 +318,7 @@ def train(args: Args) -> None:
     size = f"{parameters / 1e6:.1f}M parameters"
     log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n")
     if step == 0 and held_out:
-        log.write({"step": 0} | evaluate_on_all_ranks(policy, tokenizer, held_out, args.max_trace))
+        log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
 
     bad_updates = 0
     while step < args.steps:
@@ -366,7 +366,7 @@ def train(args: Args) -> None:
         record = {"step": step} | step_figures(figures, norms) | clock.figures(figures)
         record |= {"lr": lr, "skipped_long": skipped}
         if held_out and (step % args.eval_every == 0 or step == args.steps):
-            record |= evaluate_on_all_ranks(policy, tokenizer, held_out, args.max_trace)
+            record |= evaluate(policy, tokenizer, held_out, args.max_trace)
         log.write(record)
         log.samples(step, tokenizer, own[0], groups[0], figures[0])
         if bad_updates >= MAX_BAD_UPDATES:

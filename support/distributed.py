@@ -161,6 +161,13 @@ def own_share(items: list[T]) -> list[T]:
     return items[rank() :: world_size()]
 
 
+def all_shares(own: list[T]) -> list[T]:
+    """The inverse: what all ranks hold for their shares, in the order of the items."""
+    shares = gather_objects(own)
+    count = sum(len(share) for share in shares)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
+
+
 def mean_over_ranks(figures: dict[str, float], count: int) -> dict[str, float]:
     """The means over all ranks' items, from every rank's means over its own `count` items."""
     parts = [part for part in gather_objects((count, figures)) if part[0]]

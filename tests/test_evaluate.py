@@ -17,33 +17,43 @@ from sample import Trace, trace_ids
 from support.errors import InputError
 from support.weights import save_model
 
-FIGURES = ("eval_accuracy", "eval_accuracy_null", "eval_gain", "eval_trace_len")
-
 
 @torch.no_grad()
 def slow_figures(
     model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int
 ) -> tuple[dict, list[Trace]]:
-    """The four figures by their definitions, one example and one token at a time."""
+    """The figures by their definitions, one example and one token at a time."""
     marker, rows, traces = tokenizer.marker_id, [], []
     for example in examples:
-        trace = slow_trace(
-            model, example.prompt, torch.zeros(max_trace), 0.0, [marker], tokenizer.cut_ids
-        )
-        right, logp = [], []
-        for context in (trace_ids(trace, marker), [marker]):
-            read = [*example.prompt, *context]
-            limit = torch.zeros(len(example.answer))
-            answer = slow_trace(model, read, limit, 0.0, tokenizer.eos_ids)
-            right.append(answer.finished and tokenizer.decode(answer.ids).strip() == example.gold)
-            logp.append(0.0)
-            for i, token in enumerate(example.answer):
-                now = next_logits(model, read + example.answer[:i]).log_softmax(0)
-                logp[-1] += float(now[token])
-        rows.append([right[0], right[1], logp[0] - logp[1], len(trace.ids)])
-        traces.append(trace)
-    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-    return dict(zip(FIGURES, means, strict=True)), traces
+        limit = torch.zeros(max_trace)
+        traces.append(slow_trace(model, example.prompt, limit, 0.0, [marker], tokenizer.cut_ids))
+
+    def right(example: Example, context: list[int]) -> bool:
+        limit = torch.zeros(len(example.answer))
+        read = [*example.prompt, *context]
+        answer = slow_trace(model, read, limit, 0.0, tokenizer.eos_ids)
+        return answer.finished and tokenizer.decode(answer.ids).strip() == example.gold
+
+    def gold_logp(example: Example, context: list[int]) -> float:
+        total = 0.0
+        for i, token in enumerate(example.answer):
+            read = [*example.prompt, *context, *example.answer[:i]]
+            total += float(next_logits(model, read).log_softmax(0)[token])
+        return total
+
+    for i, (example, trace) in enumerate(zip(examples, traces, strict=True)):
+        own = trace_ids(trace, marker)
+        other = trace_ids(traces[(i + 1) % len(traces)], marker)
+        half = [*own[: (len(own) - 1) // 2], marker]  # of the tokens before the marker
+        null = gold_logp(example, [marker])
+        row = {"accuracy": right(example, own), "accuracy_null": right(example, [marker])}
+        row["gain"] = gold_logp(example, own) - null
+        row["gain_shuffled"] = gold_logp(example, other) - null
+        row["gain_half"] = gold_logp(example, half) - null
+        row["trace_len"] = len(trace.ids)
+        rows.append(row)
+    means = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return means, traces
 
 
 def example(tokenizer: Tokenizer, question: str, gold: str) -> Example:
