@@ -12,6 +12,8 @@ in seconds. Means are over traces or questions of the step.
     gold_ce           cross-entropy per gold token after a trace
     null_capped       answer tokens whose 1 / n_i was capped (aggregate.MAX_EXPONENT)
     trace_len_mean, trace_len_min, trace_len_max
+    len_reward_corr   correlation of trace length and reward within a question, mean over questions
+                      whose lengths and rewards differ: below 0, shorter traces are paid for
     finished_frac     share of traces that ended with a sampled marker
     entropy           of the sampling distribution, mean per trace token
     dup_frac          share of traces that repeat another one of their question
@@ -23,9 +25,8 @@ in seconds. Means are over traces or questions of the step.
     grad_norm         before clipping, mean over the step's updates
     bad_updates       updates whose gradient was not finite; they are not applied
     lr, skipped_long, tokens_per_s, sec_sample, sec_score, sec_update, mem_gb
-    eval_accuracy, eval_accuracy_null, eval_gain, eval_trace_len      see evaluate.py
-
-Collapse of the policy looks like this: entropy near 0, dup_frac and zero_std_frac near 1.
+    eval_...          see evaluate.py
+    warnings          texts: signs of collapse that show for the first time (support/collapse.py)
 """
 
 import json
@@ -44,6 +45,7 @@ from aggregate import MAX_EXPONENT
 from data import Example, Tokenizer
 from reward import Scores, log_ratio
 from sample import Trace
+from support import collapse
 from support.distributed import rank
 
 
@@ -127,6 +129,7 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
         "trace_len_mean": mean(lengths),
         "trace_len_min": min(lengths),
         "trace_len_max": max(lengths),
+        "len_reward_corr": mean_correlation(of_questions("trace_len"), of_questions("reward")),
         "finished_frac": mean(of_traces("finished")),
         "entropy": sum(of_questions("entropy_sum")) / trace_tokens,
         "dup_frac": 1 - mean(of_questions("distinct")),
@@ -142,6 +145,15 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
         "grad_norm": mean(norms),
         "bad_updates": sum(not math.isfinite(norm) for norm in norms),
     }
+
+
+def mean_correlation(xs: list[list[float]], ys: list[list[float]]) -> float:
+    """Mean of Pearson's correlation over the questions for which it exists; 0 if for none."""
+    found = []
+    for x, y in zip(xs, ys, strict=True):
+        if len(set(x)) > 1 and len(set(y)) > 1:
+            found.append(statistics.correlation(x, y))
+    return sum(found) / len(found) if found else 0.0
 
 
 class Clock:
@@ -207,8 +219,8 @@ class Log:
         self.tensorboard = None
         if rank():
             return
-        for name in ("log.jsonl", "samples.jsonl"):
-            drop_lines_after(out / name, last_step)
+        self.history = [json.loads(line) for line in drop_lines_after(out / "log.jsonl", last_step)]
+        drop_lines_after(out / "samples.jsonl", last_step)
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -224,13 +236,17 @@ class Log:
             return
         # JSON has no NaN: a figure that is not finite becomes null.
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        warnings = collapse.warnings(self.history, record)
+        if warnings:
+            record["warnings"] = warnings
+        self.history.append(record)
         append_line(self.out / "log.jsonl", record)
         if self.tensorboard:
             for name, value in record.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self.tensorboard.add_scalar(name, value, record["step"])
             self.tensorboard.flush()
-        print(self.console_line(record), flush=True)
+        print("\n".join([self.console_line(record), *warnings]), flush=True)
 
     def console_line(self, record: dict) -> str:
         step = record["step"]
@@ -271,8 +287,8 @@ def append_line(file: Path, record: dict) -> None:
         lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def drop_lines_after(file: Path, step: int) -> None:
-    """Removes what an interrupted run logged after its last checkpoint: it will be done again.
+def drop_lines_after(file: Path, step: int) -> list[bytes]:
+    """Removes what an interrupted run logged after its last checkpoint -> the lines that stay.
 
     The last line may be half-written.
     """
@@ -284,3 +300,4 @@ def drop_lines_after(file: Path, step: int) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_bytes(b"".join(kept))
     temporary.replace(file)
+    return kept

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "evaluate": "data model reward sample support.distributed support.errors support.weights",
     "support.args": "aggregate model support.distributed support.errors",
     "support.checkpoint": "data model support.distributed support.errors support.weights",
-    "support.metrics": "aggregate data reward sample support.distributed",
+    "support.collapse": "",
+    "support.metrics": "aggregate data reward sample support.collapse support.distributed",
     "train": "aggregate data evaluate model reward sample support.args support.checkpoint "
     "support.distributed support.errors support.metrics support.weights",
 }
