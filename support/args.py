@@ -94,7 +94,7 @@ class Args:
     )
 
     # optimisation
-    lr: float = arg(5e-4, "peak learning rate, for a 0.8M model (paper: 2e-6 for 3B to 8B)")
+    lr: float = arg(2e-4, "peak learning rate, for a 0.8M model (paper: 2e-6 for 3B to 8B)")
     warmup: float = arg(0.1, "share of the steps in which the learning rate rises to its peak")
     weight_decay: float = arg(0.01, "AdamW, the paper's value; so are the next three")
     beta2: float = arg(0.95, "AdamW; beta1 is 0.9")
@@ -137,7 +137,7 @@ class Args:
     eval_every: int = arg(
         5, "steps between evaluations; also before the first and after the last step"
     )
-    eval_questions: int = arg(200, "held-out questions, from the top of the file")
+    eval_questions: int = arg(100, "held-out questions, from the top of the file")
     save_every: int = arg(10, "steps between checkpoints; also after the last step")
     keep: int = arg(2, "checkpoints kept")
 
