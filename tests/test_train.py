@@ -526,7 +526,9 @@ def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_
         "checkpoint-000002",
         "checkpoint-000003",
     ]  # --keep 2
-    assert_same_weights(plain_run / "final", plain_run / "checkpoint-000003")
+    final, last = weights(plain_run / "final"), weights(plain_run / "checkpoint-000003")
+    for name, tensor in last.items():  # in the precision the initial model is stored in
+        assert torch.equal(final[name], tensor.bfloat16().float())
     assert (
         Tokenizer(plain_run / "final").marker == "=>"
     )  # final/ knows its marker and prompt format
