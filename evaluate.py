@@ -13,6 +13,8 @@ Trace and answer are decoded greedily, so the figures have no random part. An an
 ends with an eos token, has no more tokens than the gold answer, and has the same text.
 
     python evaluate.py --model DIR --data test.jsonl          the figures above
+    python evaluate.py --model DIR --data d.jsonl --preflight which reward would keep it thinking
+                                                              (preflight.py); for a base as well
     python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
                                                               to each token of the gold answer
 """
@@ -25,9 +27,10 @@ from torch import Tensor
 
 from data import Example, Pairs, Tokenizer
 from model import Transformer
+from preflight import preflight_table, sample_group_scores
 from reward import score
 from sample import Trace, model_flags, open_model, sample_traces, think_and_answer, trace_ids
-from support.distributed import all_shares, mean_over_ranks, own_share
+from support.distributed import all_shares, copy_token_rows, mean_over_ranks, own_share
 from support.errors import InputError, exit_on_bad_input
 
 FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "gain_half", "trace_len")
@@ -135,22 +138,36 @@ def show_gains(tokenizer: Tokenizer, gold: list[int], gains: Tensor) -> str:
 def main() -> None:
     parser = model_flags(__doc__)
     parser.add_argument("--data", help="JSONL file of question-answer pairs to score")
-    parser.add_argument("--limit", type=int, default=1000, help="pairs of --data, from the top")
+    parser.add_argument("--limit", type=int, help="pairs of --data, from the top (1000)")
     parser.add_argument("--question", help="one question instead, together with --gold")
     parser.add_argument("--gold", help="its gold answer")
+    parser.add_argument("--preflight", action="store_true", help="compare rewards on 32 questions")
+    parser.add_argument("--traces", type=int, default=8, help="K, traces per question (8)")
     args = parser.parse_args()
     one_question = args.question is not None
     if one_question == (args.data is not None) or one_question != (args.gold is not None):
         raise InputError("give either --data, or --question and --gold")
-    if args.limit < 1:
-        raise InputError(f"--limit is {args.limit}, it should be 1 or more")
-    model, tokenizer = open_model(args)
+    if args.preflight and one_question:
+        raise InputError("--preflight needs --data")
+    for name, least in (("limit", 1), ("traces", 2)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name} is {getattr(args, name)}, it should be {least} or more")
+    model, tokenizer = open_model(args, untrained=args.preflight)
     if one_question:
         prompt, trace = think_and_answer(model, tokenizer, args)
         print_gain(model, tokenizer, prompt, trace, tokenizer.encode_answer(args.gold))
         return
     pairs = Pairs(args.data, tokenizer)
-    examples = [pairs[i] for i in range(min(args.limit, len(pairs)))]
+    count = args.limit or (32 if args.preflight else 1000)
+    examples = [pairs[i] for i in range(min(count, len(pairs)))]
+    if args.preflight:
+        if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
+            copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
+        groups = sample_group_scores(
+            model, tokenizer, examples, args.traces, args.max_trace, args.seed
+        )
+        print("\n".join(preflight_table(groups)))
+        return
     for name, value in evaluate(model, tokenizer, examples, args.max_trace).items():
         print(f"{name} {value:.4g}")
 

@@ -402,12 +402,16 @@ def model_flags(description: str) -> OneLineParser:
     return parser
 
 
-def open_model(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of --model; InputError where a flag does not fit them."""
+def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of --model; InputError where a flag does not fit them.
+
+    untrained: the model need not have the marker yet.
+    """
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}, it should be 0 or more")
-    tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
-    if tokenizer.marker_is_new:
+    prompt_format = args.prompt_format and args.prompt_format.replace("\\n", "\n")
+    tokenizer = Tokenizer(args.model, args.marker, prompt_format)
+    if tokenizer.marker_is_new and not untrained:
         raise InputError(
             f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: "
             "was this model trained with another?"

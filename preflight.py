@@ -1,0 +1,126 @@
+"""Which reward would keep this model thinking? An answer before training, from one batch of traces.
+
+    python evaluate.py --model DIR --data pairs.jsonl --preflight
+
+K traces per question are sampled and scored as in training, and the empty trace (null think) joins
+each group. The advantages that an aggregator then gives are what training would pay for:
+
+    helpful      mean advantage of the trace that raises a question's uncertain answer tokens most
+    empty        mean advantage of the empty trace
+    short, long  mean advantages of the shortest and the longest quarter of the sampled traces
+    corr         correlation of trace length and advantage
+    dead         share of questions whose rewards are all equal: nothing is learnt from them
+
+An answer token is uncertain where its probability after the empty trace is below 0.5; if none is,
+the least likely one. Helpful traces need not be right: no ground truth is used.
+
+Verdict: "keeps thinking" if the helpful trace is paid more than the empty one, otherwise "removes
+thinking": then the first steps teach to stop at once, and traces that would help become rare. "no
+signal" where no trace helps or nearly all groups are dead.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aggregate import AGGREGATORS, advantages, aggregate
+from data import Example, Tokenizer, stream_seed
+from model import Transformer
+from reward import score
+from sample import sample_traces
+
+UNCERTAIN = 0.5  # probability of an answer token after the empty trace
+NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards are drawn at random
+
+
+@dataclass
+class Group:
+    """One question's sampled traces, and the empty one as the last row."""
+
+    length: Tensor  # [K+1] tokens before the marker; 0 for the empty trace
+    answer_logp: Tensor  # [K+1, T]
+    null_logp: Tensor  # [T]
+
+    def helpful(self) -> int | None:
+        """The trace that raises the uncertain tokens most; None if none raises them."""
+        uncertain = self.null_logp.exp() < UNCERTAIN  # [T]
+        if not uncertain.any():
+            uncertain = self.null_logp == self.null_logp.min()
+        gain = (self.answer_logp - self.null_logp)[:-1, uncertain].sum(dim=1)  # [K]
+        return int(gain.argmax()) if gain.max() > 0 else None
+
+
+@torch.no_grad()
+def sample_group_scores(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    k: int,
+    max_trace: int,
+    seed: int = 0,
+) -> list[Group]:
+    """The groups that training would see in its first step."""
+    marker = tokenizer.marker_id
+    prompts = [example.prompt for example in examples]
+    seeds = [stream_seed(seed, 0, example.index) for example in examples]
+    sampled = sample_traces(
+        model, prompts, k, max_trace, stop_ids=[marker], seed=seeds, cut_ids=tokenizer.cut_ids
+    )
+    groups = []
+    for example, traces in zip(examples, sampled, strict=True):
+        scores = score(model, example.prompt, traces, example.answer, marker)
+        lengths = [len(trace.ids) - trace.finished for trace in traces]
+        answer_logp = torch.cat([scores.answer_logp, scores.null_logp[None]]).double().cpu()
+        group = Group(torch.tensor([*lengths, 0.0]), answer_logp, answer_logp[-1])
+        groups.append(group)
+    return groups
+
+
+def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
+    """One aggregator's row of the table: the figures above, nan where there are none; verdict."""
+    helpful, empty, lengths, paid, dead = [], [], [], [], 0
+    for group in groups:
+        reward, weight = aggregate(name, group.answer_logp, group.null_logp)
+        advantage = advantages(reward, center="mean", scale="std", weight=weight)  # [K+1]
+        dead += not advantage.any()
+        empty.append(advantage[-1])
+        lengths.append(group.length[:-1])
+        paid.append(advantage[:-1])
+        best = group.helpful()
+        if best is not None:
+            helpful.append(advantage[best])
+    length, advantage = torch.cat(lengths), torch.cat(paid)  # [N] all sampled traces
+    by_length = advantage[length.argsort(stable=True)]
+    quarter = max(1, len(by_length) // 4)
+    row = {
+        "helpful": mean(helpful),
+        "empty": mean(empty),
+        "short": float(by_length[:quarter].mean()),
+        "long": float(by_length[-quarter:].mean()),
+        "corr": float(torch.corrcoef(torch.stack([length.double(), advantage]))[0, 1]),
+        "dead": dead / len(groups),
+    }
+    if row["dead"] > 0.9 or not helpful:
+        verdict = "no signal"
+    elif row["helpful"] > row["empty"]:
+        verdict = "keeps thinking"
+    else:
+        verdict = "removes thinking"
+    return row | {"verdict": verdict}
+
+
+def mean(values: list[Tensor]) -> float:
+    return float(torch.stack(values).mean()) if values else float("nan")
+
+
+def preflight_table(groups: list[Group]) -> list[str]:
+    """The lines that the command prints, best first."""
+    rows = {name: preflight(groups, name) for name in NAMES}
+    order = sorted(rows, key=lambda name: rows[name]["empty"] - rows[name]["helpful"])
+    columns = ("helpful", "empty", "short", "long", "corr", "dead")
+    lines = [f"{'aggregator':26}" + "".join(f"{column:>9}" for column in columns) + "  verdict"]
+    for name in order:
+        cells = "".join(f"{rows[name][column]:+9.2f}" for column in columns[:-1])
+        lines.append(f"{name:26}{cells}{rows[name]['dead']:9.2f}  {rows[name]['verdict']}")
+    return lines

@@ -1,0 +1,95 @@
+"""preflight.py: what each reward pays for, on groups that can be worked out by hand."""
+
+import pytest
+import tiny
+import torch
+
+from aggregate import AGGREGATORS, advantages, aggregate
+from data import Example
+from preflight import NAMES, Group, preflight, preflight_table, sample_group_scores
+
+EASY, HARD = 9, 1  # answer tokens
+
+
+def group(rows: list[tuple[int, float, float]]) -> Group:
+    """Traces as (length, probability of each easy token, of the hard one), the empty one last."""
+    probabilities = [[easy] * EASY + [hard] * HARD for _, easy, hard in rows]
+    logp = torch.tensor(probabilities, dtype=torch.float64).log()
+    return Group(torch.tensor([float(length) for length, _, _ in rows]), logp, logp[-1])
+
+
+# A worked trace costs the easy tokens some probability and makes the hard one likely.
+WORKED, RAMBLING, EMPTY = (12, 0.75, 0.90), (8, 0.75, 0.12), (0, 0.99, 0.12)
+TAXED = group([WORKED, RAMBLING, RAMBLING, EMPTY, EMPTY])
+FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        # the worked trace gains on the hard token, and loses on the easy ones:
+        ("weighted_sum_log_prob", "keeps thinking"),  # 0.78 * 2.1 = 1.65; 9 * 0.24 * 0.01 = 0.02
+        ("weighted_sum_inverse_prob", "keeps thinking"),  # 0.78 / 0.12 = 6.5; 9 * 0.24 / 0.99 = 2.2
+        ("arithmetic_mean", "removes thinking"),  # 0.78; 9 * 0.24 = 2.2
+        ("log_prob", "removes thinking"),  # log(0.9 / 0.12) = 2.0; 9 log(0.99 / 0.75) = 2.5
+        ("prob", "removes thinking"),
+    ],
+)
+def test_where_a_trace_costs_easy_tokens_the_reward_decides(name, verdict):
+    row = preflight([TAXED] * 4, name)
+    assert row["verdict"] == verdict and row["dead"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_thinking_is_free_every_reward_keeps_it(name):
+    assert preflight([FREE] * 4, name)["verdict"] == "keeps thinking"
+
+
+def test_the_figures_are_means_of_the_advantages_that_training_would_use():
+    groups = [TAXED, FREE]
+    row = preflight(groups, "arithmetic_mean")
+    expected = []
+    for g in groups:
+        reward, weight = aggregate("arithmetic_mean", g.answer_logp, g.null_logp)
+        expected.append(advantages(reward, "mean", "std", weight).tolist())
+    assert row["empty"] == pytest.approx((expected[0][-1] + expected[1][-1]) / 2)
+    assert row["helpful"] == pytest.approx((expected[0][0] + expected[1][0]) / 2)
+    # of 8 sampled traces the two empty ones are the shortest quarter, the two of 12 the longest
+    assert row["short"] == pytest.approx((expected[0][3] + expected[1][3]) / 2)
+    assert row["long"] == pytest.approx((expected[0][0] + expected[1][0]) / 2)
+    lengths = torch.tensor([12.0, 8, 8, 0] * 2, dtype=torch.float64)
+    paid = torch.tensor(expected[0][:4] + expected[1][:4], dtype=torch.float64)
+    correlation = torch.corrcoef(torch.stack([lengths, paid]))[0, 1]
+    assert row["corr"] == pytest.approx(float(correlation))
+
+
+def test_equal_rewards_or_no_helpful_trace_are_no_signal():
+    dead = group([(5, 0.9, 0.2)] * 4)
+    row = preflight([dead], "log_prob")
+    assert row["verdict"] == "no signal" and row["dead"] == 1
+    hurts = group([(5, 0.9, 0.1), (4, 0.9, 0.05), EMPTY])
+    assert hurts.helpful() is None
+    assert preflight([hurts], "log_prob")["verdict"] == "no signal"
+
+
+def test_the_table_has_a_line_for_every_aggregator_but_the_random_one():
+    lines = preflight_table([TAXED, FREE])
+    assert {line.split()[0] for line in lines[1:]} == set(AGGREGATORS) - {"exact_match"}
+
+
+def test_the_groups_are_sampled_and_scored_traces_and_the_empty_one():
+    class Letters:
+        marker_id, cut_ids = 0, [9]
+
+    model = tiny.model(3)
+    examples = [Example(i, [1 + i, 2], [3, 4, 5], "", "") for i in range(3)]
+    groups = sample_group_scores(model, Letters, examples, k=4, max_trace=6, seed=7)
+    for made, example in zip(groups, examples, strict=True):
+        assert made.answer_logp.shape == (5, 3) and torch.equal(
+            made.answer_logp[-1], made.null_logp
+        )
+        context = torch.tensor([[*example.prompt, 0, *example.answer]])
+        logits = model.lm_head.weight @ model(context)[0].T  # [V, L]
+        logp = logits.log_softmax(0)[example.answer, [2, 3, 4]]
+        torch.testing.assert_close(made.null_logp, logp.detach(), rtol=0, atol=1e-10)
+        assert made.length[-1] == 0 and (made.length[:-1] <= 6).all()
