@@ -13,7 +13,8 @@ decision to answer) or another special token, or until max_new_tokens are drawn.
 How it differs from the usual generate():
 (1) Rows of different length decode together; they begin and end independently of each other.
 (2) A trace's random numbers are a function of its question's seed and its index among the K, so its
-    tokens do not depend on what else is in the batch.
+    tokens do not depend on what else is in the batch (but for rounding: a matrix product of another
+    number of rows may sum in another order).
 (3) What was sampled is what is recorded: token ids and their log-probs, never text.
 
     python sample.py --model DIR --question "..."        prints a trace and the answer after it
@@ -36,11 +37,12 @@ from model import Config, Prefix, Transformer
 from support.errors import InputError, OneLineParser, exit_on_bad_input
 from support.weights import load_model
 
-PROMPT_TOKENS = 16384  # most tokens of one prefill, padding included; a longer prompt goes alone
-# Decode steps from one `finish` to the next, 1 where nothing is said. A GPU has to compute all it
-# was given before it can say which traces have ended; meanwhile ended rows draw tokens in vain.
+# Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
+PROMPT_TOKENS = 16384
+# Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
+# issued, so it is rare there, and ended rows decode up to 15 tokens in vain. Elsewhere 1: free.
 FINISH_EVERY = {"cuda": 16}
-CHUNK = 256  # tokens of the vocabulary whose probabilities are summed first, in `draw`
+CHUNK = 256  # tokens of the vocabulary whose probabilities `draw` sums first
 
 
 @dataclass
@@ -73,8 +75,8 @@ def sample_traces(
     cut_ids: a sampled one ends its trace and is dropped (eos and other special tokens: no decision
         to answer). The prompt's own tokens end nothing.
     seed: one for all prompts, or one per prompt.
-    rows: rows that decode at a time, 0 = as many as half of the free memory holds. The traces do
-        not depend on it.
+    rows: traces that decode at a time, 0 = as many as half of the free memory holds. It changes
+        speed and memory, not the traces.
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
     in_range = k >= 1 and max_new_tokens >= 1 and temperature >= 0 and rows >= 0
@@ -164,15 +166,18 @@ def trace_starts(
     at = 0
     for together in prompt_batches(prompts):
         read = prefill(model, together)
-        kv = torch.stack([torch.stack(layer) for layer in read.past.kv])
-        read.past.kv.clear()  # of these, [layers, 2, B, Hkv, P, D], a row copies its part at once
+        # In one tensor, [layers, 2, B, Hkv, P, D], so that a row copies its part at once.
+        kv = torch.stack([tensor for layer in read.past.kv for tensor in layer]).unflatten(
+            0, (-1, 2)
+        )
+        read.past.kv.clear()
         for index, prompt in enumerate(together):
             uniforms = random_numbers(seeds[at], k, max_new_tokens)
             for i in range(k):
                 prompt_kv = kv[:, :, index, :, : len(prompt)]
                 yield Start(at * k + i, prompt_kv, read.hidden[index], uniforms[i])
             at += 1
-        del kv, prompt_kv  # before the next prefill is computed
+        del kv, prompt_kv  # free before the next prefill is computed
 
 
 def prompt_batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -198,10 +203,11 @@ def random_numbers(seed: int, k: int, count: int) -> Tensor:
 
 # ---- the decoding batch
 class DecodeBatch:
-    """Rows that decode together: a KV cache of fixed size, and the trace that each row makes.
+    """Rows that decode together: their KV cache, and the trace that each row makes.
 
-    The model continues it like any `past` (model.py), by `append` and `length`. What changes with
-    every token is a tensor on the model's device, so `draw` and `feed` never wait for a GPU.
+    The model continues it like any `past` (model.py), by `append` and `length`. The cache has its
+    final size from the start, so a token is written in place and nothing is copied. What changes
+    with every token is a tensor on the model's device, so `draw` and `feed` never wait for a GPU.
     """
 
     def __init__(self, config: Config, rows: int, capacity: int, max_new: int, like: Tensor):
@@ -214,8 +220,8 @@ class DecodeBatch:
         self.row = torch.arange(rows, device=like.device)  # 0, 1, 2, ... to index the others by row
         self.length = new(rows)  # tokens in the KV cache, the prompt's included
         self.live = new(rows, dtype=torch.bool)  # the row's trace has not ended
-        # Column t belongs to token t of the trace, the last column to none: in every step every row
-        # draws, and one whose trace has ended uses the last column.
+        # Column t belongs to token t of the trace. There is one more, as every row draws in every
+        # step: one whose trace has ended uses the column after its last token, again and again.
         self.drawn = new(rows)  # tokens of the trace so far
         self.uniforms = new(rows, max_new + 1, dtype=torch.float64)
         self.ids = new(rows, max_new + 1)
@@ -241,13 +247,13 @@ class DecodeBatch:
 
     def draw(self, to_logits: Callable, temperature: float, ends_trace: Tensor) -> Tensor:
         """Every row draws a token and records it -> token [rows]. ends_trace: [V] bool."""
-        last = self.ids.shape[1] - 1
-        column = torch.where(self.live, self.drawn, last)
-        token, logp = draw(to_logits(self.hidden), temperature, self.uniforms[self.row, column])
-        self.ids[self.row, column] = token
-        self.logp[self.row, column] = logp.to(self.logp.dtype)
+        max_new = self.ids.shape[1] - 1
+        uniform = self.uniforms[self.row, self.drawn]
+        token, logp = draw(to_logits(self.hidden), temperature, uniform)
+        self.ids[self.row, self.drawn] = token
+        self.logp[self.row, self.drawn] = logp.to(self.logp.dtype)
         self.drawn += self.live
-        self.live &= ~ends_trace[token] & (self.drawn < last)
+        self.live &= ~ends_trace[token] & (self.drawn < max_new)
         return token
 
     def feed(self, model: Transformer, token: Tensor) -> None:
@@ -307,7 +313,10 @@ def cut_trace(ids: list[int], logp: list[float], stop: frozenset, cut: frozenset
 
 
 def rows_that_fit(config: Config, capacity: int, like: Tensor) -> int:
-    """Rows whose KV cache takes half of the free memory, at least one."""
+    """Rows whose KV cache takes half of the free memory, at least one row.
+
+    The other half is for a prefill and the activations of a decode step.
+    """
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     row_bytes = capacity * per_position * like.element_size()
     return max(1, free_memory(like.device) // 2 // row_bytes)

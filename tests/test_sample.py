@@ -116,6 +116,22 @@ def test_a_token_of_probability_zero_is_never_drawn_at_the_edge_of_its_neighbour
     assert set(token.tolist()) <= {0, 2, 5, 6}
 
 
+def test_a_token_of_probability_zero_is_never_drawn_at_the_edge_of_a_chunk():
+    """Every chunk begins with impossible tokens, and its mass is summed in two orders."""
+    chunk, generator = sample_module.CHUNK, torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 16, chunk, generator=generator, dtype=torch.float64)
+    logits[:, :, :100] = -INF
+    mass = (logits - logits.amax((1, 2), keepdim=True)).exp().sum(2).cumsum(1)  # [20, 16]
+    uniforms = mass / mass[:, -1:]
+    for _ in range(6):
+        uniforms = torch.nextafter(uniforms, torch.zeros_like(uniforms))
+    for _ in range(13):  # from 6 numbers below the edges to 6 above
+        below_one = uniforms.clamp(max=1 - 2**-53).flatten()
+        _, logp = draw(logits.flatten(1).repeat_interleave(16, dim=0), 1.0, below_one)
+        assert logp.isfinite().all()
+        uniforms = torch.nextafter(uniforms, torch.full_like(uniforms, 2.0))
+
+
 def test_temperature_zero_takes_the_most_likely_token_and_records_its_plain_log_prob():
     logits = torch.stack([LOGITS, LOGITS.flip(0)])
     for u in (0.0, 0.5, 0.999):
@@ -225,7 +241,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("steps", [1, 5])
 def test_only_looking_for_ended_traces_waits_for_the_device(steps, monkeypatch):
     model, ends = tiny.model(3), {"stop_ids": [0], "cut_ids": [9]}
-    waits, in_finish = Waits(), []
+    waits, in_finish, forwards = Waits(), [], []
+    model.register_forward_hook(lambda *_: forwards.append(1))
     tolist, finish = Tensor.tolist, sample_module.DecodeBatch.finish
 
     def counted_tolist(self):
@@ -244,6 +261,7 @@ def test_only_looking_for_ended_traces_waits_for_the_device(steps, monkeypatch):
     with waits:
         sample_traces(model, PROMPTS, 3, 40, seed=SEEDS, rows=5, **ends)
     assert waits.count == sum(in_finish) == len(in_finish) + 2 * 12  # ids and logp of 12 traces
+    assert len(in_finish) == len(forwards) // steps  # a prefill and all tokens but the last
 
 
 def test_every_prompt_is_read_once_and_a_row_whose_trace_has_ended_begins_the_next_at_once():
@@ -255,6 +273,10 @@ def test_every_prompt_is_read_once_and_a_row_whose_trace_has_ended_begins_the_ne
     assert set(shapes[1:]) == {(2, 1)}  # then two rows at a time
     # As many steps as one row's traces have tokens; the last token is not fed.
     assert len(shapes) - 1 == 1 + 4 + 2 + 3 - 1
+    shapes.clear()
+    groups = sample_traces(model, [[1], [4], [4], [4]], 1, 9, stop_ids=[5], rows=2)
+    assert [len(trace.ids) for (trace,) in groups] == [4, 1, 1, 1]
+    assert shapes[1:] == [(2, 1)] * 3  # beside the first trace, the three others one by one
 
 
 def test_the_batch_shrinks_when_half_of_its_rows_are_idle():
