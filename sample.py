@@ -11,11 +11,11 @@ decision to answer) or another special token, or until max_new_tokens are drawn.
     compact   once half of the rows stay idle, the batch shrinks to the others
 
 How it differs from the usual generate():
-(1) Rows of different length decode together; they begin and end independently of each other.
-(2) A trace's random numbers are a function of its question's seed and its index among the K, so its
+1. Rows of different length decode together; they begin and end independently of each other.
+2. A trace's random numbers are a function of its question's seed and its index among the K, so its
     tokens do not depend on what else is in the batch (but for rounding: a matrix product of another
     number of rows may sum in another order).
-(3) What was sampled is what is recorded: token ids and their log-probs, never text.
+3. What was sampled is what is recorded: token ids and their log-probs, never text.
 
     python sample.py --model DIR --question "..."        prints a trace and the answer after it
 """

@@ -1,9 +1,13 @@
-"""Draws the README's figure from two runs: held-out accuracy, and what thinking adds to the gold answer's log-prob.
+"""Draws the README's figure: held-out accuracy and trace length over the steps of training.
 
-python examples/hops/plot.py runs/hops runs/hops-sft examples/hops/figure.svg        needs matplotlib; `make figure` brings it
+The folder holds runs of train.py named <method>-<seed>, the method being an aggregator or "sft".
+Lines are medians over the seeds, areas reach from the smallest to the largest value.
+
+    python examples/hops/plot.py runs examples/hops/figure.svg        needs matplotlib
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -12,31 +16,51 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "hops"  # the same runs give the same file
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
-RUNS = {"NRT": "#0b6e4f", "plain SFT": "#b23a48"}
-
-
-def read_log(run: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-
-
-def curve(log: list[dict], name: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+STYLES = {  # Okabe and Ito's colours: colour-blind readers can tell them apart
+    "weighted_sum_log_prob": {"label": "NRT", "color": "#009E73", "marker": "o", "linewidth": 2.2},
+    "log_prob": {"label": "JLB", "color": "#CC79A7", "marker": "v", "linestyle": "-."},
+    "prob": {"label": "VeriFree", "color": "#E69F00", "marker": "^", "linestyle": ":"},
+    "arithmetic_mean": {"label": "RLPR", "color": "#0072B2", "marker": "s", "linestyle": "--"},
+    "sft": {"label": "plain SFT", "color": "#444444", "marker": "x"},
+}
 
 
-def main(nrt: str, sft: str, out: str) -> None:
-    figure, (accuracy, gain) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for (label, colour), run in zip(RUNS.items(), (nrt, sft), strict=True):
-        log = read_log(run)
-        accuracy.plot(*curve(log, "eval_accuracy"), color=colour, marker="o", label=label)
-        gain.plot(*curve(log, "eval_gain"), color=colour, marker="o", label=label)
-    accuracy.set(title="held-out exact match", xlabel="step (16 questions)", ylim=(0, 1.02))
-    gain.set(title="what thinking adds to the gold answer", xlabel="step (16 questions)", ylabel="gain, nats per answer")
-    gain.axhline(0, color="0.7", linewidth=0.8)
-    accuracy.legend(frameon=False)
-    for axes in (accuracy, gain):
-        axes.spines[["top", "right"]].set_visible(False)
+def read_values(runs: Path, method: str, key: str) -> dict[int, list[float]]:
+    """The logged values of `key` by step, one for each seed."""
+    values: dict[int, list[float]] = {}
+    for file in sorted(runs.glob(f"{method}-*/log.jsonl")):
+        for text in file.read_text().splitlines():
+            line = json.loads(text)
+            if key in line:
+                values.setdefault(line["step"], []).append(line[key])
+    return values
+
+
+def draw(axes: Axes, runs: Path, key: str, methods: list[str]) -> None:
+    for method in methods:
+        values = read_values(runs, method, key)
+        if not values:
+            continue
+        median = [statistics.median(of_seeds) for of_seeds in values.values()]
+        low = [min(of_seeds) for of_seeds in values.values()]
+        high = [max(of_seeds) for of_seeds in values.values()]
+        style = STYLES[method]
+        axes.plot(values.keys(), median, markevery=(0, 1 if len(median) < 20 else 5), ms=4, **style)
+        axes.fill_between(values.keys(), low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel("step (16 questions)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(runs: str, out: str) -> None:
+    figure, (accuracy, length) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    draw(accuracy, Path(runs), "eval_accuracy", list(STYLES))
+    accuracy.set(title="held-out accuracy", ylim=(0, 1.02))
+    sampled = [method for method in STYLES if method != "sft"]  # which samples no traces
+    draw(length, Path(runs), "trace_len_mean", sampled)
+    length.set(title="length of the sampled traces, tokens", ylim=(0, None))
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(out, metadata={"Date": None})
 
 
