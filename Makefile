@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train figure test check clean
+.PHONY: train figure test clean
 
 # The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
 # SFT never starts. Two to three minutes on 2 CPU cores.
