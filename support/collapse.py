@@ -28,7 +28,8 @@ def repeated_trace(line: dict, first: dict) -> float | None:
 
 def dead_groups(line: dict, first: dict) -> float | None:
     dead = line["zero_std_frac"]
-    return dead if dead > 0.9 and line["gain"] < 0.1 else None
+    samples = line["trace_len_max"] > 0  # plain SFT does not
+    return dead if samples and dead > 0.9 and line["gain"] < 0.1 else None
 
 
 def trace_ignored(line: dict, first: dict) -> float | None:

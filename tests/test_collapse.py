@@ -10,6 +10,7 @@ from support.metrics import Log, mean_correlation
 # A run that learns to think: nothing to warn of.
 HEALTHY = {
     "trace_len_mean": 12.0,
+    "trace_len_max": 20,
     "rep_frac": 0.1,
     "zero_std_frac": 0.95,  # all K traces are right
     "gain": 2.0,
@@ -45,6 +46,12 @@ def test_every_sign_is_tested():
 def test_a_run_that_learns_to_think_gets_no_warning():
     before = {"eval_gain": 0.0, "eval_gain_shuffled": 0.0, "eval_trace_len": 9.0}
     assert run([before] + 20 * [HEALTHY]) == 21 * [[]]
+
+
+def test_plain_sft_gets_no_warning():
+    sft = {"trace_len_mean": 0.0, "trace_len_max": 0, "rep_frac": 0.0, "zero_std_frac": 1.0}
+    sft |= {"gain": 0.0, "gold_logp_null": -2.0, "eval_gain": 0.0, "eval_gain_shuffled": 0.0}
+    assert run([{}] + 9 * [sft | {"eval_trace_len": 1.0}]) == 10 * [[]]
 
 
 @pytest.mark.parametrize("name", BAD)
