@@ -10,7 +10,8 @@ The objective and its gradient (paper, section 3). A method is the choice of one
 
 Each published f is one function below, under its formula. `AGGREGATORS` names them for the flag
 --aggregator. The answer weight w comes from autograd through the same function, so that a new f
-needs no second formula. A function of your own stays in a file of your own:
+needs no second formula. Three stand out: r3 and jlb_multi compare the K traces of a question, and
+exact_match is random. A function of your own stays in a file of your own:
 
     def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
         return logp.exp().min(dim=1).values
@@ -108,8 +109,8 @@ def joint_bound(logp: Tensor) -> Tensor:
 def exact_match(logp: Tensor, null_logp: Tensor) -> Tensor:
     """1 if an answer sampled after the trace is the gold answer, token by token, else 0.  RLVR.
 
-    It is, with probability prod_i c_i; so a uniform number is drawn instead of an answer. The
-    gradient with respect to log c_i is the reward, whose mean is w_i of `prob`.
+    P(match) = prod_i c_i, so one uniform number replaces sampling and comparing an answer. w_i is
+    the reward itself: on average prod_i c_i, as for `prob`.
     """
     answer_logp = logp.sum(dim=1)  # [K]
     uniform = torch.rand(answer_logp.shape).to(answer_logp)
@@ -183,10 +184,10 @@ def advantages(
     "none". scale: "std" (unbiased) or "none". weight [K, T]: the exact answer weights of the
     rewards. ValueError for K = 1 with centring or scaling, and for unknown names.
 
-    Rewards that differ by no more than rounding count as equal and get exactly 0, unless center and
-    scale are both "none". A reward is good to 1e-6 sum_i |w_i|, as its log-probs are to 1e-6: for
-    `prob` of a long answer that is far below 1e-6, for `log_prob` it is above. Without weights the
-    floor of the std is 1e-6 max(1, max |reward|).
+    Rewards that differ only by rounding count as equal and get exactly 0, unless center and scale
+    are both "none". An error of 1e-6 in every log-prob changes a reward by 1e-6 sum_i |w_i|, the
+    floor of the std. For `prob` on long answers it lies far below 1e-6, for `log_prob` above.
+    Without weights the floor is 1e-6 max(1, max |reward|).
     """
     if center not in ("mean", "loo", "none") or scale not in ("std", "none"):
         raise ValueError(

@@ -3,20 +3,23 @@
     python evaluate.py --model DIR --data pairs.jsonl --preflight
 
 K traces per question are sampled and scored as in training, and the empty trace (null think) joins
-each group. The advantages that an aggregator then gives are what training would pay for:
+each group. The advantages of an aggregator are those of its first update on such groups:
 
     helpful      mean advantage of the trace that raises a question's uncertain answer tokens most
-    empty        mean advantage of the empty trace
+    empty        mean advantage of the empty trace of the same questions
     short, long  mean advantages of the shortest and the longest quarter of the sampled traces
     corr         correlation of trace length and advantage
     dead         share of questions whose rewards are all equal: nothing is learnt from them
 
 An answer token is uncertain where its probability after the empty trace is below 0.5; if none is,
-the least likely one. Helpful traces need not be right: no ground truth is used.
+the least likely one. A question without a trace that raises them counts for neither column. Helpful
+traces need not be right: no ground truth is used. The definition is close to what the weighted sums
+reward, on purpose: it names the traces that thinking could grow from.
 
-Verdict: "keeps thinking" if the helpful trace is paid more than the empty one, otherwise "removes
-thinking": then the first steps teach to stop at once, and traces that would help become rare. "no
-signal" where no trace helps or nearly all groups are dead.
+Verdict: "keeps thinking" if the helpful trace gets the larger advantage, otherwise "removes
+thinking": then the first updates teach to stop at once, and helpful traces become rare. "no signal"
+where no trace helps or more than DEAD of the groups are dead. short, long and corr are stable only
+over a few hundred traces.
 """
 
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ from reward import score
 from sample import sample_traces
 
 UNCERTAIN = 0.5  # probability of an answer token after the empty trace
+DEAD = 0.9  # share of questions
 NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards are drawn at random
 
 
@@ -60,7 +64,7 @@ def sample_group_scores(
     max_trace: int,
     seed: int = 0,
 ) -> list[Group]:
-    """The groups that training would see in its first step."""
+    """Groups of K traces and the empty one, sampled and scored as a training step does."""
     marker = tokenizer.marker_id
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(seed, 0, example.index) for example in examples]
@@ -80,16 +84,17 @@ def sample_group_scores(
 def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
     """One aggregator's row of the table: the figures above, nan where there are none; verdict."""
     helpful, empty, lengths, paid, dead = [], [], [], [], 0
+    center = "none" if name == "jlb_multi" else "mean"  # as in train.py
     for group in groups:
         reward, weight = aggregate(name, group.answer_logp, group.null_logp)
-        advantage = advantages(reward, center="mean", scale="std", weight=weight)  # [K+1]
+        advantage = advantages(reward, center, "std", weight)  # [K+1]
         dead += not advantage.any()
-        empty.append(advantage[-1])
         lengths.append(group.length[:-1])
         paid.append(advantage[:-1])
         best = group.helpful()
         if best is not None:
             helpful.append(advantage[best])
+            empty.append(advantage[-1])
     length, advantage = torch.cat(lengths), torch.cat(paid)  # [N] all sampled traces
     by_length = advantage[length.argsort(stable=True)]
     quarter = max(1, len(by_length) // 4)
@@ -101,7 +106,7 @@ def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
         "corr": float(torch.corrcoef(torch.stack([length.double(), advantage]))[0, 1]),
         "dead": dead / len(groups),
     }
-    if row["dead"] > 0.9 or not helpful:
+    if row["dead"] > DEAD or not helpful:
         verdict = "no signal"
     elif row["helpful"] > row["empty"]:
         verdict = "keeps thinking"

@@ -6,13 +6,14 @@
                                   null:      m y*_1 ... y*_{T-1}         the empty trace: null_logp
 
 z_k is the trace without its marker, n_k tokens; m is the marker, sampled or forced. A branch feeds
-n_k + T tokens, and the prompt's last hidden state predicts its first token. The K + 1 branches are
-the rows of one batch that continues the prompt's KV cache. Rows are padded on the right, where
-causal attention never looks; the head skips padding. All log-probs are fp32 or wider.
+n_k + T tokens, and the prompt's last hidden state predicts its first token. Branches are rows of a
+batch that continues the prompt's KV cache; those of very different length run in batches of their
+own. Rows are padded on the right: causal attention hides the padding, and the head skips it. All
+log-probs are fp32 or wider.
 
 How this differs from the usual GRPO scoring:
   1. The prompt runs once, not K times. Values and gradients equal those of K full rows.
-  2. The null think is one more branch of the same forward, not K passes.
+  2. The null think is one more branch, not K passes.
   3. Under grad the same Scores carry the graph: the forward that scores is the forward that trains.
   4. When K branches do not fit in memory, the prompt's KV cache becomes leaf tensors: every
      micro-batch of branches runs its own backward into them, and the prompt runs its backward once
@@ -80,11 +81,11 @@ def score(
     distinct = list(dict.fromkeys(branches))
     order, parts = [], []
     lengths = [len(branch.body) + len(answer) for branch in distinct]
-    for batch in micro_batches(lengths, micro_traces):
-        rows = [distinct[i] for i in batch]
-        order += rows
+    for indices in micro_batches(lengths, micro_traces):
+        batch = [distinct[i] for i in indices]
+        order += batch
         parts.append(
-            score_branches(model, prompt, rows, answer, marker, temperature, entropy, width)
+            score_branches(model, prompt, batch, answer, marker, temperature, entropy, width)
         )
     row_of = {branch: i for i, branch in enumerate(order)}
     device = prompt.hidden.device
@@ -117,9 +118,10 @@ class Branch:
 
 
 def make_branch(trace: Trace | Sequence[int], marker: int) -> Branch:
-    """A cut token (eos and the like) is no context for the answer, but sampling it was an action.
+    """A cut token (eos and the like) is dropped from the answer's context, but was an action.
 
-    Its log-prob counts with the trace's; without it the gradient of J would be biased.
+    So its log-prob counts with the trace's; without it the gradient of J (aggregate.py) would be
+    biased.
     """
     if not isinstance(trace, Trace):
         trace = Trace(list(trace), [], finished=False)
@@ -161,8 +163,8 @@ def score_branches(
     marker_at = torch.tensor([len(branch.body) for branch in branches], device=device)  # [B]
     policy_hidden = hidden[torch.cat([action_row, row]), torch.cat([action_at, marker_at])]
     policy_tokens = torch.cat([actions[action_row, action_at], torch.full_like(row, marker)])
-    logp = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
-    logp, entropies = logp if entropy else (logp, torch.zeros_like(logp))
+    result = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
+    logp, entropies = result if entropy else (result, torch.zeros_like(result))  # [N + B] each
 
     # Answer tokens follow the marker; log c is taken at temperature 1.
     answer_at = marker_at[:, None] + 1 + torch.arange(len(answer), device=device)  # [B, T]
@@ -171,7 +173,7 @@ def score_branches(
     answer_logp = linear_logprob(answer_hidden, head, answer_tokens).view(len(branches), -1)
 
     def spread(values: Tensor) -> Tensor:
-        """Values of the N actions -> [B, Z], 0 beyond a trace."""
+        """values [N + B], of which the first N belong to actions -> [B, Z], 0 beyond a trace."""
         padded = values.new_zeros(len(branches), width)
         return padded.index_put((action_row, action_at), values[: len(action_row)])
 
@@ -187,7 +189,7 @@ def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices of branches, cut into batches of at most `size` (0: any number), longest first.
 
     Neighbours in length share a batch. A batch also ends where one more branch would bring its
-    padding above MAX_PADDING of its tokens.
+    padding above MAX_PADDING of its tokens and above SMALL_PADDING tokens.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -4,30 +4,34 @@ One step (the loop in `train` below):
   1. the next questions x with their gold answers y*                   data.next_examples
   2. K reasoning traces z per question, sampled from the policy        sample.sample_traces
   3. log-probs of y* after every trace and after the empty one         reward.score
-  4. reward R_k = f(log-probs), answer weights omega                   aggregate.aggregate
+  4. reward R_k = f(probabilities of y*), answer weights               aggregate.aggregate
   5. advantage A_k = (R_k - mean) / std over the K traces              aggregate.advantages
-  6. the loss, on the very forward that scored; backward; AdamW        loss_terms, update
+  6. loss, backward through the forward of point 3, AdamW              loss_terms, update
 
     loss = -1/B sum_x 1/K sum_k [ sum_t rho_kt A_k log pi(z_kt | x, z_k<t)         trace term
                                 + sum_i omega_ki log c_ki                          answer term
                                 + lambda 1[k not finished] log pi(m | x, z_k) ]    marker term
            / 512
 
-x: question, z_k: trace, m: the marker that ends thinking, c_ki: probability of gold answer token i
-after trace k. rho is 1 with one update per step, otherwise the truncated importance ratio.
+x is a question, B the number of questions of one optimizer update. z_k is a trace with the token
+that ended it: the marker m, which ends thinking ("finished"), another special token, or none at the
+length limit; then m is forced. c_ki is the probability of token i of the gold answer after z_k, m.
+f is the method (--aggregator). rho is 1 with one update per step, else the truncated importance
+ratio. omega is the answer weight: w = df/dlog c makes this the gradient of J = E[f(c)]
+(--answer-weight exact); omega = 1, the paper's choice, makes the answer term supervised fine-tuning.
 
 How it differs from the usual GRPO script:
-  1. No verifier and no reward model: the reward is the likelihood of the gold answer.
-  2. The answer term trains the answer as well, as in supervised fine-tuning.
+  1. No verifier and no reward model: the reward is made of the gold answer's probabilities.
+  2. The answer term trains the answer as well.
   3. Stopping is an action: a sampled marker gets the advantage. A forced marker never does, it only
      gets a cross-entropy of weight lambda.
   4. Sums over tokens are divided by one constant, so that the gradient does not depend on padding,
      micro-batches or the number of processes.
-  5. No second forward for old log-probs (the sampler recorded them), none for the null think (one
-     more branch of the batch that is scored).
+  5. No second forward for old log-probs (the sampler recorded them), none for the null think, which
+     is the answer after the empty trace (one more branch that is scored beside the traces).
 
-    python train.py                                       the embedded task on a laptop
-    python train.py --traces 0 --out runs/hops-sft        plain fine-tuning on the same pairs
+    python train.py                                       the task in examples/hops, on a laptop
+    python train.py --traces 0 --out runs/hops-sft        plain SFT on the same pairs
     python train.py --model DIR --data pairs.jsonl --eval-data held-out.jsonl --lr 2e-6 \\
         --dtype bfloat16 --out runs/mine                  your model, your data
     torchrun --standalone --nproc-per-node 8 train.py ... the same on 8 GPUs
@@ -71,15 +75,18 @@ from support.errors import TrainingError, exit_on_bad_input
 from support.metrics import Clock, Log, question_figures, step_figures
 from support.weights import load_model
 
-LENGTH_SCALE = 512  # tokens; divides every sum over tokens, so that no length weighs more
-RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; wider above, unlikely tokens may grow (DAPO)
+LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
+RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; looser above: unlikely tokens can gain (DAPO)
 MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
 
 
 # ---- before the loop
 def initial_model(args: Args, tokenizer: Tokenizer, sharded: bool = True) -> Transformer:
-    """The fp32 parameters the run starts from. A new marker starts as a copy of eos."""
+    """The fp32 parameters the run starts from.
+
+    A marker whose embedding was never trained starts as a copy of eos (paper, section 4).
+    """
     load = distributed.load_sharded if sharded else load_model
     model = load(args.model, device=args.device)
     if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
@@ -89,11 +96,11 @@ def initial_model(args: Args, tokenizer: Tokenizer, sharded: bool = True) -> Tra
 
 def fits(args: Args, config: Config, example: Example) -> bool:
     """Whether an example is within the length limits and the positions the model knows."""
-    prompt, answer = len(example.prompt), len(example.answer)
-    positions = prompt + args.max_trace + 1 + answer  # 1 for a forced marker
+    prompt_len, answer_len = len(example.prompt), len(example.answer)
+    positions = prompt_len + args.max_trace + 1 + answer_len  # 1 for a forced marker
     return (
-        prompt <= args.max_prompt
-        and answer <= args.max_answer
+        prompt_len <= args.max_prompt
+        and answer_len <= args.max_answer
         and positions <= config.max_position_embeddings
     )
 
@@ -102,7 +109,7 @@ def fits(args: Args, config: Config, example: Example) -> bool:
 def sample_groups(
     policy: Transformer, tokenizer: Tokenizer, questions: list[Example], step: int, args: Args
 ) -> list[list[Trace]]:
-    """K traces per question. Plain SFT (K = 0) has one: the empty trace, its marker forced."""
+    """K traces per question. Plain SFT (K = 0) has one: the empty trace with a forced marker."""
     if args.traces == 0:
         return [[Trace([], [], finished=False)] for _ in questions]
     return sample_traces(
@@ -118,6 +125,11 @@ def sample_groups(
     )
 
 
+def in_one_backward(args: Args) -> bool:
+    """Whether the K traces of a question run their backward together."""
+    return args.micro_traces == 0 or args.micro_traces >= args.traces
+
+
 def score_group(
     policy: Transformer,
     prompt: Prefill,
@@ -128,10 +140,10 @@ def score_group(
 ) -> Scores:
     """Scores of all K traces, with the graph that the loss is differentiated through.
 
-    With --micro-traces there is no graph: advantages need all K rewards first, and the graphs of K
+    With --micro-traces without a graph: advantages need all K rewards first, and the graphs of K
     traces may not fit in memory (backward_in_micro_batches).
     """
-    at_once = args.micro_traces == 0 or args.micro_traces >= len(traces)
+    at_once = in_one_backward(args)
     with torch.set_grad_enabled(at_once):
         return score(
             policy,
@@ -146,17 +158,17 @@ def score_group(
 
 
 def rewards(answer_logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight [K, T]."""
+    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight w [K, T]."""
     reward, weight = aggregate(args.aggregator, answer_logp, null_logp)
     if args.clip_null:
         null_reward, _ = aggregate(args.aggregator, null_logp[None], null_logp)  # [1]
-        weight = weight * (reward > null_reward)[:, None]  # where the clip holds, f is flat
+        weight = weight * (reward > null_reward)[:, None]  # clamped: the derivative is 0
         reward = (reward - null_reward).clamp(min=0)
     return reward, weight
 
 
 def group_advantages(reward: Tensor, weight: Tensor, args: Args) -> Tensor:
-    """reward [K], exact answer weight [K, T] -> advantage [K]."""
+    """reward [K] -> advantage [K]. weight [K, T]: says how exact a reward is (aggregate.py)."""
     if args.traces == 0:  # plain SFT: nothing was sampled
         return torch.zeros_like(reward)
     relative = args.aggregator == "jlb_multi"  # its rewards are relative to the group already
@@ -164,7 +176,7 @@ def group_advantages(reward: Tensor, weight: Tensor, args: Args) -> Tensor:
 
 
 def answer_weights(weight: Tensor, args: Args) -> Tensor:
-    """Exact answer weight [K, T] -> omega [K, T] of --answer-weight."""
+    """Exact answer weight w [K, T] -> omega [K, T] of --answer-weight; 1 for plain SFT."""
     if args.answer_weight == "exact" and args.traces > 0:
         return weight
     if args.answer_weight == "none" and args.traces > 0:
@@ -176,23 +188,24 @@ def answer_weights(weight: Tensor, args: Args) -> Tensor:
 def loss_terms(
     scores: Scores, traces: list[Trace], advantage: Tensor, omega: Tensor, args: Args
 ) -> Tensor:
-    """One question's share of the loss at the top: its [trace, answer, marker, null] terms.
+    """One question's share of the loss at the top of this file, for all K traces or m of them.
 
-    For all K traces or m of them; advantage [m] and omega [m, T] are constants. The terms are to be
-    summed. The null term is --null-loss, a cross-entropy on the null think where it was scored.
+    advantage [m] and omega [m, T] are constants. -> [trace, answer, marker, null] terms, to be
+    summed. The null term is that of --null-loss, 0 by default: a cross-entropy on the null think,
+    where it was scored.
     """
     rho = torch.ones_like(scores.trace_logp)  # [m, Z]
     if args.updates > 1:
         rho = truncated_ratio(log_ratio(scores, traces), advantage)
-    questions = args.questions // args.updates  # B, of one optimizer update
-    per_trace = questions * max(1, args.traces) * LENGTH_SCALE
+    per_question = args.questions // args.updates * LENGTH_SCALE  # 512 B
+    per_trace = per_question * max(1, args.traces)  # 512 B K
     forced = (~scores.finished).to(scores.marker_logp.dtype)  # [m]
 
     # A coefficient multiplies a log-prob.
     trace_coefficient = rho * advantage[:, None] * scores.trace_mask / per_trace  # [m, Z]
     answer_coefficient = omega / per_trace  # [m, T]
     marker_coefficient = args.marker_weight * forced / per_trace  # [m]
-    null_coefficient = args.null_loss / (questions * LENGTH_SCALE)
+    null_coefficient = args.null_loss / per_question
 
     trace = (trace_coefficient * scores.trace_logp).sum()
     answer = (answer_coefficient * scores.answer_logp).sum()
@@ -204,9 +217,9 @@ def loss_terms(
 
 
 def truncated_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
-    """rho [K, Z]: pi / pi_sampler per token, clamped to RATIO_RANGE, a constant (CISPO).
+    """rho [K, Z]: pi / pi_sampler per token, clamped to RATIO_RANGE, a constant (as in CISPO).
 
-    A token whose ratio has left the range in the direction its advantage pushes gets 0.
+    A token whose ratio has left the range in the direction its advantage pushes gets 0 (as in PPO).
     """
     low, high = RATIO_RANGE
     ratio = log_ratio.exp()
@@ -226,19 +239,26 @@ def backward_in_micro_batches(
 ) -> None:
     """The gradient of all K traces, --micro-traces at a time.
 
-    Every micro-batch is scored again, with its graph, and runs its backward into the prompt's KV
-    cache as leaves. The prompt runs its own backward once, at the end.
+    Each micro-batch is scored again with its graph; its backward stops at the prompt's tensors as
+    leaves. At the end the prompt runs its own backward once.
     """
     leaves = prompt_leaves(prompt)
     lengths = [len(trace.ids) + len(example.answer) for trace in traces]
     batches = micro_batches(lengths, args.micro_traces)
     if args.null_loss > 0:
         batches.append([])  # the null think alone
-    for batch in batches:
-        part = [traces[i] for i in batch]
-        no_traces = len(part) == 0
-        scores = score(policy, leaves, part, example.answer, marker, no_traces, args.temperature)
-        loss_terms(scores, part, advantage[batch], omega[batch], args).sum().backward()
+    for rows in batches:
+        part = [traces[i] for i in rows]
+        scores = score(
+            policy,
+            leaves,
+            part,
+            example.answer,
+            marker,
+            null=not part,
+            temperature=args.temperature,
+        )
+        loss_terms(scores, part, advantage[rows], omega[rows], args).sum().backward()
     prompt_backward(prompt, leaves)
 
 
@@ -312,7 +332,7 @@ def train(args: Args) -> None:
     row_fits = partial(fits, args, model.config)
     next_examples(pairs, position, 1, args.seed, row_fits)  # refuses data without a row that fits
 
-    # Everything that is read has been checked: only now is something written.
+    # The input is read and usable: files are written only from here on.
     distributed.on_first_rank(lambda: open_run(out, asdict(args)))
     log = Log(out, args.steps, last_step=step)
     size = f"{parameters / 1e6:.1f}M parameters"
@@ -346,9 +366,9 @@ def train(args: Args) -> None:
                 clock.lap("score")
 
                 losses = loss_terms(scores, traces, advantage, omega, args)
-                if losses.requires_grad:
+                if in_one_backward(args):
                     losses.sum().backward()
-                else:  # --micro-traces
+                else:
                     backward_in_micro_batches(
                         policy, prompt, example, traces, marker, advantage, omega, args
                     )
@@ -372,7 +392,7 @@ def train(args: Args) -> None:
         if bad_updates >= MAX_BAD_UPDATES:
             raise TrainingError(
                 f"step {step}: loss or gradient not finite {bad_updates} times in a row; "
-                f"none of it was applied, see {out}"
+                f"none of these updates was applied, see {out}"
             )
         if step % args.save_every == 0 or step == args.steps:
             save_checkpoint(out, step, position, model, tokenizer, optimizer, args.keep)

@@ -1,6 +1,6 @@
-"""The flags of train.py: each default with its reason, and the checks of what cannot work.
+"""The flags of train.py, and the checks of what cannot work.
 
-The defaults are the embedded task on a CPU; the paper's values stand in the reasons.
+The defaults suit the task in examples/hops on a CPU; the paper's values are in parentheses.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ class Args:
     )
     max_trace: int = arg(48, "tokens of a trace before the marker is forced (paper: 2048)")
     temperature: float = arg(
-        1.0, "of sampling; at 1 traces are drawn from the policy that is trained"
+        1.0, "of the distribution that traces are sampled from, and scored under"
     )
     updates: int = arg(
         1,

@@ -1,4 +1,4 @@
-"""A run's folder, and what survives a kill at any moment.
+"""A run's folder: its layout, and how its parts stay complete when the process is killed.
 
     runs/NAME/  args.json  log.jsonl  samples.jsonl
                 checkpoint-000010/   a Hugging Face directory: fp32 parameters, tokenizer
@@ -15,6 +15,7 @@ they share (torch.distributed.checkpoint).
 
 import json
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,11 +63,22 @@ def open_run(out: Path, args: dict) -> None:
         write_json(out / "args.json", args)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    flags = [f"--{name.replace('_', '-')} {value!r}" for name, value in args.items()]
-    print(" ".join(["python train.py", *flags]))
+    print(shlex.join(command_of(args)))
     for name, value in before.items():
         if name not in ("resume", "overwrite") and args.get(name, value) != value:
             print(f"note: --{name.replace('_', '-')} was {value!r} before the interruption")
+
+
+def command_of(args: dict) -> list[str]:
+    """The command that makes the same run in an empty folder."""
+    words = ["python", "train.py"]
+    for name, value in args.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * (value and name not in ("resume", "overwrite"))
+        elif value is not None:
+            words += [flag, str(value)]
+    return words
 
 
 def remove(path: Path) -> None:
@@ -89,9 +101,11 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+        old = path.with_name(path.name + ".old.tmp")
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)  # at no moment does its name stand for half a directory
         temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
     on_first_rank(prepare)
     if not temporary.exists():

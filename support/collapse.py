@@ -1,13 +1,13 @@
 """Signs that thinking collapses, from the figures that a run logs: one warning per sign and run.
 
-    vanishing_trace  traces are down to a token or two: the marker alone is one
+    vanishing_trace  traces are down to a token or two; the marker alone is one
     repeated_trace   traces repeat themselves
     dead_groups      the K rewards of a question are equal, though thinking gains nothing
-    trace_ignored    the answer is as likely after another question's trace: the trace is decoration
-    null_drift       the null think has unlearnt the answer, so that every answer weight has grown
+    trace_ignored    the answer is as likely after another question's trace
+    null_drift       the null think has unlearnt the answer; weights made of n_i have all grown
 
-Entropy is no sign: it falls when thinking is learnt as well. A sign has to hold in RUN lines of the
-log in a row that have its figures, the first evaluation, before training, aside.
+Entropy is no sign: it falls when thinking is learnt as well. A sign must hold in RUN consecutive
+lines of the log that have its figures; step 0 does not count.
 """
 
 RUN = 3  # lines

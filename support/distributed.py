@@ -1,4 +1,4 @@
-"""More than one process: which questions are whose, sharded parameters, the gathered view.
+"""More than one process: each rank's questions, sharded parameters, the gathered view.
 
 torchrun starts W processes of the same program ("ranks"). Each rank holds 1/W of the fp32
 parameters, gradients and AdamW moments (rows of every tensor, as DTensors), and the gathered view:
@@ -9,10 +9,10 @@ a plain Transformer with the whole parameters in the dtype of --dtype, which sam
     reduce_gradients   the views' gradients, summed over the ranks        once per update
                        -> the gradients of the sharded parameters
 
-FSDP2's `fully_shard` puts hooks around every layer's forward, which would run at every decoded
-token. Memory per rank for P parameters: 16 P/W bytes of parameters, gradients and moments, 2 P for
+FSDP2 (`fully_shard`) is not used: its hooks around every layer would run at every decoded token.
+Memory per rank for P parameters: 16 P/W bytes of parameters, gradients and moments, 2 P for
 the view in bf16 (4 P in fp32), 4 P for its fp32 gradient sums. One process in bf16 uses the same
-functions: its fp32 parameters keep what an update of 2e-6 changes, which bf16 would round away.
+functions: its fp32 parameters keep updates as small as 2e-6, which bf16 would round away.
 """
 
 import os

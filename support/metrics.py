@@ -4,22 +4,23 @@ The keys of log.jsonl are stable; scripts rely on them. Log-probs in nats, lengt
 in seconds. Means are over traces or questions of the step.
 
     reward_mean, reward_min, reward_max     of the K traces of every question
-    reward_std        std within a question, from which advantages are made
+    reward_std        std of the K rewards of a question (of the population)
     zero_std_frac     share of questions whose rewards were all equal: no trace term
     gold_logp_think   log-prob of the gold answer after a trace
-    gold_logp_null    the same after the empty trace
+    gold_logp_null    the same after the empty trace, under the current policy
     gain              gold_logp_think - gold_logp_null: how much thinking helps
     gold_ce           cross-entropy per gold token after a trace
     null_capped       answer tokens whose 1 / n_i was capped (aggregate.MAX_EXPONENT)
     trace_len_mean, trace_len_min, trace_len_max
     len_reward_corr   correlation of trace length and reward within a question, mean over questions
-                      whose lengths and rewards differ: below 0, shorter traces are paid for
+                      whose lengths and rewards both vary; below 0: shorter traces get higher reward
     finished_frac     share of traces that ended with a sampled marker
     entropy           of the sampling distribution, mean per trace token
-    dup_frac          share of traces that repeat another one of their question
+    dup_frac          share of traces that equal an earlier trace of their question
     rep_frac          share of 4-grams that occurred before in their trace
     ratio_max         largest importance ratio pi / pi_sampler
-    clip_frac         share of trace tokens whose ratio lies outside the truncation range
+    clip_frac         share of trace tokens whose ratio lies outside the truncation range; with one
+                      update per step nothing is truncated
     sampler_gap       largest |log pi - log pi_sampler| before the first update: rounding, or a bug
     trace_loss, answer_loss, marker_loss, null_loss, loss     the terms of the loss, and their sum
     grad_norm         before clipping, mean over the step's updates

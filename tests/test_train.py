@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from reward import FrozenNull, Scores, log_ratio, score
 from sample import Trace, prefill, sample_traces
 from support import distributed
 from support.args import Args, parse_args
+from support.checkpoint import command_of
 from support.distributed import gathered_view, reduce_gradients
 from support.errors import TrainingError
 from support.metrics import question_figures
@@ -691,6 +693,13 @@ def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
         "rows": 5,
     }.items() <= reached.items()
     assert (reached["stop_ids"], reached["cut_ids"]) == ([tokenizer.marker_id], tokenizer.cut_ids)
+
+
+def test_the_command_that_a_run_prints_makes_the_same_run():
+    args = Args(traces=4, clip_null=True, prompt_format="Q: {question}\nA:", device="cpu")
+    words = shlex.split(shlex.join(command_of(asdict(args))))
+    assert words[:2] == ["python", "train.py"]
+    assert parse_args(words[2:], "") == args
 
 
 def test_every_flag_is_used():
