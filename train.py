@@ -18,7 +18,7 @@ that ended it: the marker m, which ends thinking ("finished"), another special t
 length limit; then m is forced. c_ki is the probability of token i of the gold answer after z_k, m.
 f is the method (--aggregator). rho is 1 with one update per step, else the truncated importance
 ratio. omega is the answer weight: w = df/dlog c makes this the gradient of J = E[f(c)]
-(--answer-weight exact); omega = 1, the paper's choice, makes the answer term supervised fine-tuning.
+(--answer-weight exact); with omega = 1, the paper's choice, the answer term is supervised learning.
 
 How it differs from the usual GRPO script:
   1. No verifier and no reward model: the reward is made of the gold answer's probabilities.
