@@ -1,5 +1,6 @@
 """What examples/lab.py measures with a model: before training, and after it.
 
+lookups_right        whether the base can work a question out at all
 step0                which of the base's traces each reward would pay for, and for which tokens
 in_context_rows      data for the baseline that is trained on answers after the base's traces
 hard_tokens          the hard tokens of test answers: greedy choice and log-prob
@@ -26,7 +27,23 @@ from support.metrics import mean_correlation
 from support.weights import load_model
 from train import group_advantages, rewards
 
+
 # --------------------------------------------------------------------------------- before training
+@torch.no_grad()
+def lookups_right(folder: Path) -> float:
+    """Share of hops whose second name the base predicts, given a rightly worked trace up to it."""
+    model, tokenizer = load_model(folder / "base"), Tokenizer(folder / "base")
+    pairs = Pairs(folder / "test.jsonl", tokenizer)
+    right = []
+    for i in range(min(32, len(pairs))):
+        example = pairs[i]
+        trace = tokenizer.encode_prompt(worked_trace(example.question))  # 1 ann bob , 2 bob kim ,
+        hidden = model(torch.tensor([example.prompt + trace]))[0]  # [L, H]
+        predicted = model.lm_head(hidden[len(example.prompt) - 1 : -1]).argmax(dim=-1).tolist()
+        right += [predicted[at] == trace[at] for at in range(2, len(trace), 4)]
+    return sum(right) / len(right)
+
+
 QUESTIONS, TRACES = 96, 8  # of train.jsonl, and sampled for each
 
 

@@ -141,7 +141,7 @@ def draw_map(file: Path, rows: list[dict]) -> None:
     methods = list(dict.fromkeys(method for method, *_ in cells))
     lengths = sorted({easy for _, easy, _, _ in cells})
     columns = sorted({(noise, sloppy) for _, _, sloppy, noise in cells})
-    across = min(4, len(methods))
+    across = min(5, len(methods))
     down = -(-len(methods) // across)
     figure, panels = plt.subplots(
         down, across, figsize=(2.6 * across, 2.2 * down), layout="constrained", squeeze=False
@@ -159,7 +159,7 @@ def draw_map(file: Path, rows: list[dict]) -> None:
                     known = at[0]
                 line.append(float("nan") if known is None else known)
             picture.append(line)
-        image = panel.imshow(picture, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
+        image = panel.imshow(picture, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
         panel.set_title(method, fontsize=8)
         names = [f"{sloppy}" + (f"\n{noise} noise" if noise else "") for noise, sloppy in columns]
         panel.set_xticks(range(len(columns)), names, fontsize=6)

@@ -64,6 +64,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("lab")
     grid = lab.Grid((TINY,), ("arithmetic_mean", "sft_in_context"), 1, steps=1, eval_every=1)
     small = pytest.MonkeyPatch()
+    small.setattr(lab, "LOOKUPS_RIGHT", -1.0)  # one step of pretraining teaches nothing
     small.setattr(lab, "EVAL_QUESTIONS", 2)
     small.setattr(measure, "HARD_ROWS", 2)
     small.setattr(measure, "QUESTIONS", 2)
@@ -123,6 +124,29 @@ def test_the_data_of_sft_in_context_is_the_training_data_with_traces_behind_the_
     for row, old in zip(with_traces, plain, strict=True):
         assert row["question"].startswith(old["question"]) and row["answer"] == old["answer"]
         assert make.MARKER not in row["question"] and make.END not in row["question"]
+
+
+def test_a_base_that_cannot_look_up_is_made_again_from_another_seed(monkeypatch, tmp_path):
+    def make_folder(command):
+        folder = Path(command[-1])
+        folder.mkdir(parents=True)
+        (folder / "seed").write_text(command[-3])
+
+    def lookups_right(folder):
+        return 1.0 if (folder / "seed").read_text() == "--seed=2" else 0.2
+
+    monkeypatch.setattr(lab, "run_child", make_folder)
+    monkeypatch.setattr(measure, "lookups_right", lookups_right)
+    assert json.loads(lab.make_base(tmp_path, TINY, ("sft",)))["base_seed"] == 2
+    monkeypatch.setattr(lab, "BASE_SEEDS", 2)
+    other = make.Task(easy=1)
+    with pytest.raises(RuntimeError, match="did not learn lookups"):
+        lab.make_base(tmp_path, other, ("sft",))
+    assert not lab.base_folder(tmp_path, other).exists()
+
+
+def test_the_committed_base_can_look_up():
+    assert measure.lookups_right(lab.ROOT / "examples" / "hops") > lab.LOOKUPS_RIGHT
 
 
 def test_a_run_that_fails_is_counted_and_the_others_go_on(capsys):
