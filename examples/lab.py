@@ -46,7 +46,7 @@ from examples import lab_measure as measure  # noqa: E402
 from examples.hops.make import Task  # noqa: E402
 from examples.lab_report import AXES, write_report  # noqa: E402
 
-# ---------------------------------------------------------------------------------------- methods
+# ---- methods
 METHODS = {name: f"--aggregator {name}" for name in AGGREGATORS}  # name -> flags of train.py
 # RLVR as its authors run it: the reward trains the trace alone.
 METHODS["exact_match"] += " --answer-weight none"
@@ -75,7 +75,7 @@ BASELINES = ("exact_match", "sft", "sft_in_context")
 VERIFREE = "prob --scale none"  # as its authors run it
 
 
-# ------------------------------------------------------------------------------------------ grids
+# ---- grids
 @dataclass(frozen=True)
 class Grid:
     tasks: tuple[Task, ...]
@@ -161,7 +161,7 @@ def run_folder(out: Path, run: Run) -> Path:
     return out / setting_name(run.task) / name
 
 
-# --------------------------------------------------------------------------- child processes
+# ---- child processes
 CHILDREN: set[subprocess.Popen] = set()
 
 
@@ -210,7 +210,7 @@ def run_all(jobs: int, work: dict[str, Callable[[], str]]) -> int:
     return failed
 
 
-# --------------------------------------------------------------------------------- data and bases
+# ---- data and bases
 BASE_SEEDS = 3
 LOOKUPS_RIGHT = 0.9  # of a base that keeps lookups: 1.0, of one that lost them: 0.24
 
@@ -263,7 +263,7 @@ def write_whole(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-# ------------------------------------------------------------------------------------------- a run
+# ---- a run
 EVAL_FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "trace_len")
 EVAL_QUESTIONS = 60
 WARMUP_STEPS = 3  # train.py takes a share of the steps; a long run shall begin as a short one does
@@ -297,7 +297,7 @@ def do_run(out: Path, run: Run) -> str:
     return f"{outcome}, hard tokens {row['hard_right']:.2f} right, {row['seconds']} s"
 
 
-# ---------------------------------------------------------------------------------------- results
+# ---- results
 def collect(out: Path, grid: Grid) -> tuple[list[dict], list[dict]]:
     """Rows of the finished runs, and of step 0 for each setting and method."""
     results = [run_folder(out, run) / "result.json" for run in cells(grid)]

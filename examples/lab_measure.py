@@ -28,7 +28,7 @@ from support.weights import load_model
 from train import group_advantages, rewards
 
 
-# --------------------------------------------------------------------------------- before training
+# ---- before training
 @torch.no_grad()
 def lookups_right(folder: Path) -> float:
     """Share of hops whose second name the base predicts, given a rightly worked trace up to it."""
@@ -180,7 +180,7 @@ def in_context_rows(folder: Path) -> str:
     return "".join(lines)
 
 
-# ---------------------------------------------------------------------------------- after training
+# ---- after training
 HARD_ROWS = 100  # test rows on which the hard tokens are scored
 
 

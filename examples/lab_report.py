@@ -46,7 +46,7 @@ def write_report(path: Path, rows: list[dict], step0: list[dict]) -> None:
         draw_map(path.with_suffix(".svg"), rows)
 
 
-# ------------------------------------------------------------------------------------------ table
+# ---- table
 def group(rows: list[dict]) -> dict[tuple, list[dict]]:
     """(setting, method) -> its rows, one per seed."""
     cells = {}
@@ -84,7 +84,7 @@ def step0_cell(rows: list[dict]) -> str:
     return f"{predictor}; {' / '.join(shares)}"
 
 
-# ----------------------------------------------------------------------------------- correlations
+# ---- correlations
 def correlations(rows: list[dict], step0: list[dict]) -> str:
     """What the predictor says about the outcomes, over all (setting, method) with both."""
     predictors = {cell: found[0]["predictor"] for cell, found in group(step0).items()}
@@ -125,7 +125,7 @@ def ranks(values: list[float]) -> list[float]:
     return [first[value] + (values.count(value) - 1) / 2 for value in values]
 
 
-# ----------------------------------------------------------------------------------------- figure
+# ---- figure
 def draw_map(file: Path, rows: list[dict]) -> None:
     """One panel per method: share of seeds that think, length x (sloppiness, noise)."""
     import matplotlib

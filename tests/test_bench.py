@@ -48,7 +48,7 @@ def work_of(directory: str, *flags: str) -> tuple[argparse.Namespace, recipes.Wo
     return parsed, recipes.make_work(parsed, tiny.SIZES["vocab_size"])
 
 
-# ---- step.py: the same work ----
+# ---- step.py: the same work
 @pytest.mark.parametrize("seed", range(4))
 def test_the_dense_recipe_has_our_gradient(directory, seed):
     _, work = work_of(directory, f"--seed={seed}")
@@ -104,8 +104,8 @@ def test_no_trace_ends_with_the_marker(directory):
     assert trace.ids[:3] == [marker] * 3 and trace.ids[3] != marker
 
 
-# ---- what is printed ----
-def test_step_prints_its_figures(directory):
+# ---- what is printed
+def test_step_prints_its_figures_and_no_path_of_the_machine(directory):
     result = last_line("step.py", "--model", directory, *SMALL)
     figures = {"sample_s", "score_update_s", "total_s", "peak_mb", "loaded_mb", "tokens_per_s"}
     ours = {"score_s", "update_s", "dense", "ratios", "rows"}
@@ -118,10 +118,7 @@ def test_step_prints_its_figures(directory):
     assert result["ratios"]["dense"]["total_s"] == pytest.approx(ratio)
     assert [row["name"] for row in result["rows"]] == ["ours", "dense"]
     assert 0 < result["loaded_mb"] <= result["peak_mb"]
-
-
-def test_a_result_holds_no_path_of_the_machine(directory):
-    result = last_line("step.py", "--model", directory, *SMALL, "--only=ours")
+    # and no path of the machine:
     assert directory not in json.dumps(result) and "--model tiny" in result["command"]
 
 
@@ -186,7 +183,7 @@ def test_what_a_decode_step_needs(tied):
     assert flops == 2 * 3 * weights + 3 * held * 4 * 2 * 4 * 4
 
 
-# ---- bad input ----
+# ---- bad input
 @pytest.mark.parametrize(
     ("script", "flags", "says"),
     [

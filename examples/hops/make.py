@@ -68,7 +68,7 @@ class Task:
     seed: int = flag(0, "of data, documents and initial weights")
 
 
-# ------------------------------------------------------------------------------------- vocabulary
+# ---- vocabulary
 NAMES = "ann bob cal dee eva fay gus kim".split()
 FILLER = "hmm well let me see maybe or perhaps i think it could be".split()
 EASY = (
@@ -84,7 +84,7 @@ VOCABULARY = ["<unk>", END, MARKER, *OTHERS, *NAMES, *FILLER, *EASY, *NOISE]
 HOPS = {1: range(3, 7), 3: range(3, 4)}
 
 
-# -------------------------------------------------------------------------------------- documents
+# ---- documents
 def make_question(
     task: Task, rng: random.Random, facts: int = len(NAMES)
 ) -> tuple[str, list[list[str]]]:
@@ -169,7 +169,7 @@ def make_lookup_document(task: Task, rng: random.Random) -> tuple[str, str]:
     return question, f"{trace} {MARKER} {answer} {END}"
 
 
-# ------------------------------------------------------------------------------------------ files
+# ---- files
 def write_rows(task: Task, file: Path, count: int) -> None:
     rng = random.Random(f"{task.seed} {file.name}")
     with open(file, "w") as out:
@@ -197,7 +197,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "nrt.json").write_text(json.dumps(ours, indent=2) + "\n")
 
 
-# --------------------------------------------------------------------------------------- the base
+# ---- the base
 BATCH = 16  # documents
 PEAK_LR = 2e-3
 LOOKUPS = 0.5  # share of the steps on lookup documents alone, before the mix
@@ -264,7 +264,7 @@ def make_batch(
     return tokens, learnt
 
 
-# ---------------------------------------------------------------------------------------- command
+# ---- command
 def make(task: Task, out: Path) -> None:
     torch.set_num_threads(1)  # the base must not depend on the number of cores
     base = out / "base"
