@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Llama-3.1-8B (base) on 8 GPUs of 80 GB, the paper's settings.   MODEL=... DATA=... EVAL=... examples/llama-3.1-8b.sh [more flags]
-# Not run yet on GPUs by us: flags and memory are the README's arithmetic.
+# Not run yet on GPUs by us: flags and memory are arithmetic, see EXPERIMENTS.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,5 +21,5 @@ flags=(
   --steps 810
   --eval-every 20 --save-every 20 --keep 2   # a checkpoint is 96 GB: fp32 weights and two moments
 )
-# --max-restarts: a GPU that drops out costs the steps since the last checkpoint, and nobody has to get up for it
+# --max-restarts: a GPU that drops out costs the steps since the last checkpoint
 torchrun --standalone --nproc-per-node "${GPUS:-8}" --max-restarts 3 train.py "${flags[@]}" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Llama-3.2-1B (base) on one GPU of 80 GB.   MODEL=... DATA=... EVAL=... examples/llama-3.2-1b.sh [more flags]
-# Not run yet on a GPU by us: flags and memory are the README's arithmetic.
+# Not run yet on a GPU by us: flags and memory are arithmetic, see EXPERIMENTS.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Mistral-7B-v0.3 (base) on 8 GPUs of 80 GB, the paper's settings.   MODEL=... DATA=... EVAL=... examples/mistral-7b.sh [more flags]
-# Not run yet on GPUs by us: flags and memory are the README's arithmetic.
+# Not run yet on GPUs by us: flags and memory are arithmetic, see EXPERIMENTS.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 """Refusing bad input: one line on stderr and exit code 2.
 
-The line says what is wrong, where (file, line, tensor, flag) and what would be right. Whatever a
+The line says what is wrong, where (file, line, tensor, flag) and what would be right. All that a
 user gives (a flag, a file, a row, a tensor) is checked where it enters, and raises InputError with
 that line as its text. The commands wrap their main() in `exit_on_bad_input`: a user never sees a
 traceback for a typing error, while tests and library users catch InputError like any ValueError.

@@ -125,7 +125,7 @@ def test_a_saved_model_loads_bit_for_bit(name, limit, tmp_path):
 def test_other_readers_can_open_a_saved_model(limit, tmp_path):
     save_model(load_model(GOLDEN / "llama2"), tmp_path, max_shard_bytes=limit)
     modes = {file.stat().st_mode for file in tmp_path.iterdir()}
-    assert len(modes) == 1  # whoever may read config.json may read the weights
+    assert len(modes) == 1  # weights are as readable as config.json
     for file in tmp_path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             assert tensors.metadata() == {"format": "pt"}  # transformers requires it
