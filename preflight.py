@@ -42,9 +42,12 @@ NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards a
 class Group:
     """One question's sampled traces, and the empty one as the last row."""
 
-    length: Tensor  # [K+1] tokens before the marker; 0 for the empty trace
+    traces: list[list[int]]  # K+1 times the token ids before the marker; the last is empty
     answer_logp: Tensor  # [K+1, T]
     null_logp: Tensor  # [T]
+
+    def lengths(self) -> Tensor:  # [K+1] tokens
+        return torch.tensor([float(len(ids)) for ids in self.traces])
 
     def helpful(self) -> int | None:
         """The trace that raises the uncertain tokens most; None if none raises them."""
@@ -74,10 +77,9 @@ def sample_group_scores(
     groups = []
     for example, traces in zip(examples, sampled, strict=True):
         scores = score(model, example.prompt, traces, example.answer, marker)
-        lengths = [len(trace.ids) - trace.finished for trace in traces]
+        ids = [trace.ids[:-1] if trace.finished else trace.ids for trace in traces]
         answer_logp = torch.cat([scores.answer_logp, scores.null_logp[None]]).double().cpu()
-        group = Group(torch.tensor([*lengths, 0.0]), answer_logp, answer_logp[-1])
-        groups.append(group)
+        groups.append(Group([*ids, []], answer_logp, answer_logp[-1]))
     return groups
 
 
@@ -89,7 +91,7 @@ def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
         reward, weight = aggregate(name, group.answer_logp, group.null_logp)
         advantage = advantages(reward, center, "std", weight)  # [K+1]
         dead += not advantage.any()
-        lengths.append(group.length[:-1])
+        lengths.append(group.lengths()[:-1])
         paid.append(advantage[:-1])
         best = group.helpful()
         if best is not None:

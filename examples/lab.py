@@ -3,9 +3,10 @@
 A cell of a grid is a setting of examples/hops/make.py, a method (flags of train.py) and a seed.
 Every cell is a run of its own, `python train.py ...` in a child process:
 
-    runs/lab/bases/SETTING/                  data and base, made on demand; base.json, step0.json
-    runs/lab/SETTING/METHOD-sSEED-FLAGS/     log.jsonl, final/; result.json is written last
-    runs/lab/GRID.csv, GRID-step0.csv        one row per run; one per setting and method, at step 0
+    runs/lab/bases/SETTING/                  data and base, made on demand; base.json, before.json
+    runs/lab/SETTING/METHOD-sSEED-N-steps/   log.jsonl, final/; result.json is written last
+    runs/lab/GRID.csv                        one row per run, from the last line of its log
+    runs/lab/GRID-before.csv                 before training: one row per setting and method
     runs/lab/GRID.md, GRID.svg               the table and the figure (lab_report.py)
 
 A run that has its result.json is not run again: a lab that was stopped goes on where it was, and
@@ -13,7 +14,7 @@ two grids share their common runs. A half-finished run starts again from its beg
 
     python examples/lab.py --quick           minutes: arithmetic_mean (RLPR) stops thinking where
                                              the answer has an easy part, and only there
-    python examples/lab.py --grid map        9 aggregators and the baselines over 12 settings
+    python examples/lab.py --grid map        9 aggregators and the baselines over 14 settings
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
     python examples/lab.py --grid remedies   the flags that could keep them thinking
 
@@ -82,7 +83,6 @@ class Grid:
     methods: tuple[str, ...]
     seeds: int
     steps: int
-    eval_every: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ class Run:
     method: str
     seed: int
     steps: int
-    eval_every: int
 
 
 CONTROL = Task(easy=0)  # without an easy part no trace costs anything
@@ -101,35 +100,32 @@ GRIDS = {
         tasks=(CONTROL, COSTLY),
         methods=("weighted_sum_log_prob", "arithmetic_mean", "sft"),
         seeds=2,
-        steps=30,
-        eval_every=10,
+        steps=40,
     ),
     "map": Grid(
         tasks=(
             CONTROL,
-            *(Task(easy=8, sloppy=sloppy) for sloppy in (0.0, 0.3)),
-            *(Task(easy=32, sloppy=sloppy) for sloppy in (0.0, 0.1, 0.3)),
-            *(Task(easy=128, sloppy=sloppy) for sloppy in (0.0, 0.3)),
+            *(Task(easy=easy, sloppy=sloppy) for easy in (8, 32) for sloppy in (0.0, 0.1, 0.3)),
+            Task(easy=128, sloppy=0.3),
             *(Task(easy=easy, noise=noise) for easy in (0, 32) for noise in (4, 16)),
+            replace(COSTLY, hard=3),
+            replace(COSTLY, worked=0.03),
         ),
         methods=(*AGGREGATORS, VERIFREE, "sft", "sft_in_context"),
         seeds=3,
         steps=40,
-        eval_every=10,
     ),
     "long": Grid(
         tasks=(COSTLY,),
         methods=(*COLLAPSING, VERIFREE),
         seeds=5,
         steps=300,
-        eval_every=20,
     ),
     "remedies": Grid(
         tasks=(COSTLY,),
         methods=(*(name for name in METHODS if name.startswith(REMEDIED)), *BASELINES),
         seeds=3,
         steps=60,
-        eval_every=10,
     ),
 }
 
@@ -137,7 +133,7 @@ GRIDS = {
 def cells(grid: Grid) -> list[Run]:
     """All runs, seed by seed: a grid that is stopped early has all settings and methods."""
     return [
-        Run(task, method, seed, grid.steps, grid.eval_every)
+        Run(task, method, seed, grid.steps)
         for seed in range(grid.seeds)
         for task in grid.tasks
         for method in grid.methods
@@ -212,6 +208,7 @@ def run_all(jobs: int, work: dict[str, Callable[[], str]]) -> int:
 
 # ---- data and bases
 BASE_SEEDS = 3
+QUESTIONS_BEFORE = 96  # whose traces are compared before training
 LOOKUPS_RIGHT = 0.9  # of a base that keeps lookups: 1.0, of one that lost them: 0.24
 
 
@@ -241,18 +238,22 @@ def make_base(out: Path, task: Task, methods: tuple[str, ...]) -> str:
         raise RuntimeError(f"{BASE_SEEDS} bases did not learn lookups; take more steps")
     if "sft_in_context" in methods and not (folder / "in_context.jsonl").exists():
         write_whole(folder / "in_context.jsonl", measure.in_context_rows(folder))
-    known = read_step0(out, task)
+    known = read_before(out, task)
     measured = [line["method"] for line in known]
-    new = {name: METHODS[name] for name in methods if name not in measured}
-    new = {name: flags for name, flags in new.items() if "--traces 0" not in flags}
+    new = {name: METHODS[name] for name in methods if name not in measured and samples(name)}
     if new:
-        lines = known + measure.step0(folder, task, new)
-        write_whole(folder / "step0.json", json.dumps(lines))
+        data = folder / "test.jsonl"
+        lines = measure.what_is_paid(folder / "base", data, task, new, QUESTIONS_BEFORE)
+        write_whole(folder / "before.json", json.dumps(known + lines))
     return (folder / "base.json").read_text()
 
 
-def read_step0(out: Path, task: Task) -> list[dict]:
-    file = base_folder(out, task) / "step0.json"
+def samples(method: str) -> bool:
+    return "--traces 0" not in METHODS[method]
+
+
+def read_before(out: Path, task: Task) -> list[dict]:
+    file = base_folder(out, task) / "before.json"
     return json.loads(file.read_text()) if file.exists() else []
 
 
@@ -266,6 +267,9 @@ def write_whole(file: Path, text: str) -> None:
 # ---- a run
 EVAL_FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "trace_len")
 EVAL_QUESTIONS = 60
+QUESTIONS_AFTER = 32  # whose traces are compared after training
+FIGURES_AFTER = ("predictor", "signal_to_noise", "len_reward_corr")
+QUESTIONS = 8  # per step, half of train.py's default: half the time, the same order of methods
 WARMUP_STEPS = 3  # train.py takes a share of the steps; a long run shall begin as a short one does
 
 
@@ -275,7 +279,8 @@ def do_run(out: Path, run: Run) -> str:
     data = "in_context.jsonl" if run.method == "sft_in_context" else "train.jsonl"
     command = ["train.py", "--model", base / "base", "--data", base / data]
     command += ["--eval-data", base / "test.jsonl", "--eval-questions", EVAL_QUESTIONS]
-    command += ["--steps", run.steps, "--eval-every", run.eval_every, "--save-every", run.steps]
+    command += ["--steps", run.steps, "--eval-every", run.steps, "--save-every", run.steps]
+    command += ["--questions", QUESTIONS]
     command += ["--warmup", min(1, WARMUP_STEPS / run.steps), "--seed", run.seed]
     command += ["--device", "cpu", "--out", folder, "--overwrite"]
     began = time.monotonic()
@@ -286,6 +291,7 @@ def do_run(out: Path, run: Run) -> str:
     row |= {f"eval_{name}": log[-1][f"eval_{name}"] for name in EVAL_FIGURES}
     row |= measure.hard_tokens(folder / "final", base / "test.jsonl")
     row["survives"] = measure.survives(row)
+    row |= after(out, run)
     row["thinks_from"] = measure.first_thinking_step(log)
     signs = [text.split(":")[0] for line in log for text in line.get("warnings", [])]
     row["warnings"] = " ".join(signs)
@@ -297,20 +303,35 @@ def do_run(out: Path, run: Run) -> str:
     return f"{outcome}, hard tokens {row['hard_right']:.2f} right, {row['seconds']} s"
 
 
+def after(out: Path, run: Run) -> dict[str, float | None]:
+    """What the reward pays for after training: the figures of before.json, as after_NAME."""
+    names = [*FIGURES_AFTER, *(f"share_{kind}" for kind in ("hard", "easy", "noise"))]
+    if not samples(run.method):
+        return {f"after_{name}": None for name in names}
+    (line,) = measure.what_is_paid(
+        run_folder(out, run) / "final",
+        base_folder(out, run.task) / "test.jsonl",
+        run.task,
+        {run.method: METHODS[run.method]},
+        QUESTIONS_AFTER,
+    )
+    return {f"after_{name}": line[name] for name in names}
+
+
 # ---- results
 def collect(out: Path, grid: Grid) -> tuple[list[dict], list[dict]]:
-    """Rows of the finished runs, and of step 0 for each setting and method."""
+    """Rows of the finished runs, and of before training for each setting and method."""
     results = [run_folder(out, run) / "result.json" for run in cells(grid)]
     runs = [json.loads(file.read_text()) for file in results if file.exists()]
-    step0 = []
+    before = []
     for task in grid.tasks:
         file = base_folder(out, task) / "base.json"
         described = {axis: getattr(task, axis) for axis in AXES}
         described |= json.loads(file.read_text()) if file.exists() else {}
-        for line in read_step0(out, task):
+        for line in read_before(out, task):
             if line["method"] in grid.methods:
-                step0.append(described | line)
-    return runs, step0
+                before.append(described | line)
+    return runs, before
 
 
 def write_csv(file: Path, rows: list[dict]) -> None:
@@ -352,10 +373,10 @@ def main() -> None:
             and not (run_folder(out, run) / "result.json").exists()
         }
         failed += run_all(args.jobs, runs)
-    rows, step0 = collect(out, grid)
+    rows, before = collect(out, grid)
     write_csv(out / f"{name}.csv", rows)
-    write_csv(out / f"{name}-step0.csv", step0)
-    write_report(out / name, rows, step0)
+    write_csv(out / f"{name}-before.csv", before)
+    write_report(out / name, rows, before)
     if failed:
         sys.exit(f"{failed} failed; the same command runs them again")
 

@@ -1,7 +1,7 @@
 """What examples/lab.py measures with a model: before training, and after it.
 
 lookups_right        whether the base can work a question out at all
-step0                which of the base's traces each reward would pay for, and for which tokens
+what_is_paid         which of a model's traces a reward pays for, and which tokens decide that
 in_context_rows      data for the baseline that is trained on answers after the base's traces
 hard_tokens          the hard tokens of test answers: greedy choice and log-prob
 survives             whether the model that came out thinks
@@ -12,15 +12,15 @@ import math
 import random
 import re
 from pathlib import Path
+from statistics import mean, pstdev
 
 import torch
-from torch import Tensor
 
 from aggregate import aggregate
 from data import Pairs, Tokenizer
 from evaluate import greedy_traces
 from examples.hops.make import Task, make_trace
-from reward import score
+from preflight import NAMES, Group, preflight, sample_group_scores
 from sample import sample_traces, trace_ids
 from support.args import Args, parse_args
 from support.metrics import mean_correlation
@@ -44,58 +44,64 @@ def lookups_right(folder: Path) -> float:
     return sum(right) / len(right)
 
 
-QUESTIONS, TRACES = 96, 8  # of train.jsonl, and sampled for each
+TRACES = 8  # per question
 
 
-def step0(folder: Path, task: Task, methods: dict[str, str]) -> list[dict]:
-    """Per method: which traces of the base it would pay for, and which tokens decide that.
+def what_is_paid(
+    model: Path, data: Path, task: Task, methods: dict[str, str], questions: int
+) -> list[dict]:
+    """Per method: which of the model's traces it would pay for, and which tokens decide that.
 
-    methods: name -> flags of train.py, for methods that sample traces.
-    The empty trace is added to each group of sampled ones. The advantages of --scale none are
-    divided by their root mean square, so that all methods can be compared.
+    model: its directory; data: the questions are the first of this file; methods: name -> flags of
+    train.py, for methods that sample traces. The empty trace joins each group of sampled ones. The
+    advantages of --scale none are divided by their root mean square, so that methods can be
+    compared.
 
     predictor        mean advantage of rightly worked traces - that of the empty trace
+    signal_to_noise  mean advantage of rightly worked traces / its std over them
     share_KIND       share of the reward's variance within a group from this kind of tokens
     len_reward_corr  correlation of trace length and reward within a group, mean over groups
+    helpful, empty   figures of preflight.py, as is dead
     """
-    model, tokenizer = load_model(folder / "base"), Tokenizer(folder / "base")
-    marker = tokenizer.marker_id
-    pairs = Pairs(folder / "train.jsonl", tokenizer)
-    positions = [token_kinds(task, row) for row in read_rows(folder / "train.jsonl")]
-    groups, kinds, lengths = [], [], []
-    for i in range(min(QUESTIONS, len(pairs))):
-        example = pairs[i]
-        (group,) = sample_traces(
-            model, [example.prompt], TRACES, Args.max_trace, 1.0, [marker], i, tokenizer.cut_ids
-        )
-        with torch.no_grad():
-            scores = score(model, example.prompt, [*group, [marker]], example.answer, marker)
-        groups.append((scores.answer_logp, scores.null_logp))
-        texts = [*(tokenizer.decode(trace.ids) for trace in group), ""]
-        kinds += [kind_of_trace(example.question, text) for text in texts]
-        lengths.append([len(text.split()) for text in texts])
+    policy, tokenizer = load_model(model), Tokenizer(model)
+    pairs = Pairs(data, tokenizer)
+    examples = [pairs[i] for i in range(min(questions, len(pairs)))]
+    groups = sample_group_scores(policy, tokenizer, examples, TRACES, Args.max_trace)
+    positions = [token_kinds(task, row) for row in read_rows(data)[:questions]]
+    kinds = [
+        kind_of_trace(example.question, tokenizer.decode(ids))
+        for example, group in zip(examples, groups, strict=True)
+        for ids in group.traces
+    ]
+    lengths = [group.lengths().tolist() for group in groups]
 
     measured = []
     for method, flags in methods.items():
         torch.manual_seed(0)  # exact_match draws random numbers
         args = parse_args(flags.split(), "")
         all_rewards, advantage = [], []
-        for logp, null_logp in groups:
-            reward, weight = rewards(logp, null_logp, args)
+        for group in groups:
+            reward, weight = rewards(group.answer_logp, group.null_logp, args)
             advantage += group_advantages(reward, weight, args).tolist()
             all_rewards.append(reward.tolist())
         if args.scale == "none":
             size = math.sqrt(sum(a * a for a in advantage) / len(advantage))
             advantage = [a / size if size else 0.0 for a in advantage]
-        paid = mean_by_kind(kinds, advantage)
-        line = {"method": method, "predictor": None}
+        line = {"method": method, "predictor": None, "signal_to_noise": None}
+        paid = by_kind(kinds, advantage)
         if "worked right" in paid:
-            line["predictor"] = paid["worked right"] - paid["empty"]
-        line |= {f"advantage of {kind}": value for kind, value in paid.items()}
+            right = paid["worked right"]
+            line["predictor"] = mean(right) - mean(paid["empty"])
+            spread = pstdev(right)
+            line["signal_to_noise"] = mean(right) / spread if spread > 1e-6 else None
+        line |= {f"advantage of {kind}": mean(values) for kind, values in paid.items()}
         shares = variance_shares(args.aggregator, groups, positions)
         line |= {f"share_{kind}": value for kind, value in shares.items()}
         line["len_reward_corr"] = mean_correlation(lengths, all_rewards)
         line["worked_right"] = kinds.count("worked right")
+        if args.aggregator in NAMES:
+            checked = preflight(groups, args.aggregator)
+            line |= {name: checked[name] for name in ("helpful", "empty", "dead")}
         measured.append(line)
     return measured
 
@@ -124,11 +130,11 @@ def worked_trace(question: str) -> str:
     return text
 
 
-def mean_by_kind(kinds: list[str], values: list[float]) -> dict[str, float]:
+def by_kind(kinds: list[str], values: list[float]) -> dict[str, list[float]]:
     found = {kind: [] for kind in kinds}
     for kind, value in zip(kinds, values, strict=True):
         found[kind].append(value)
-    return {kind: sum(values) / len(values) for kind, values in found.items()}
+    return found
 
 
 def token_kinds(task: Task, row: dict) -> dict[str, list[int]]:
@@ -141,20 +147,21 @@ def token_kinds(task: Task, row: dict) -> dict[str, list[int]]:
 
 def variance_shares(
     aggregator: str,
-    groups: list[tuple[Tensor, Tensor]],
+    groups: list[Group],
     positions: list[dict[str, list[int]]],
 ) -> dict[str, float]:
     """Share of each kind of tokens in the reward's variance within a group, to first order.
 
-    groups: answer_logp [K, T] and null_logp [T] of each question; positions: of each kind.
+    positions: of each kind of tokens, per group.
     To first order the reward of trace k is sum_i w_i log c_ki, with the group's mean of the exact
     answer weights as w. A kind's part g of this sum has the share cov(g, sum) / var(sum). The
     shares add up to 1; one below 0 belongs to tokens that are worse after traces that are paid for.
     """
     covariance = {"hard": 0.0, "easy": 0.0, "noise": 0.0}
-    for (logp, null_logp), of_kind in zip(groups, positions, strict=False):
-        _, weight = aggregate(aggregator, logp, null_logp)
-        part = weight.double().mean(dim=0) * (logp - logp.mean(dim=0)).double()  # [K, T]
+    for group, of_kind in zip(groups, positions, strict=True):
+        logp = group.answer_logp  # [K+1, T]
+        _, weight = aggregate(aggregator, logp, group.null_logp)
+        part = weight.double().mean(dim=0) * (logp - logp.mean(dim=0)).double()  # [K+1, T]
         parts = {kind: part[:, at].sum(dim=1) for kind, at in of_kind.items()}  # [K] each
         size = sum(g.square().sum().item() for g in parts.values())
         if size == 0:  # no token differs between these traces
@@ -231,11 +238,16 @@ def survives(row: dict) -> bool:
     return row["eval_trace_len"] > 3 and row["hard_logp"] - without > 0.2
 
 
+HOLDS = 3  # steps in a row
+
+
 def first_thinking_step(log: list[dict]) -> int | None:
-    for line in log:
-        if line.get("eval_gain") is not None:
-            if line["eval_gain"] > 0.2 and line["eval_trace_len"] > 3:
-                return line["step"]
+    """The first of HOLDS steps whose sampled traces help with the answer; None if there is none."""
+    lines = [line for line in log if "trace_len_mean" in line]
+    helps = [line["gain"] > 0.2 and line["trace_len_mean"] > 3 for line in lines]
+    for i in range(len(helps) - HOLDS + 1):
+        if all(helps[i : i + HOLDS]):
+            return lines[i]["step"]
     return None
 
 

@@ -1,8 +1,8 @@
 """Tables, rank correlations and the figure of examples/lab.py, from its rows.
 
 A cell of the table: hard tokens right (mean +- std over seeds), tokens of a trace, and how many of
-the seeds think at the end. The predictor is measured before training (lab_measure.step0): the mean
-advantage of rightly worked traces minus that of the empty one.
+the seeds think at the end. The predictor is measured before training (lab_measure.what_is_paid):
+the mean advantage of rightly worked traces minus that of the empty one.
 """
 
 import statistics
@@ -24,7 +24,7 @@ def label(setting: tuple) -> str:
     return text + (f", {hard} hard" if hard > 1 else "")
 
 
-def write_report(path: Path, rows: list[dict], step0: list[dict]) -> None:
+def write_report(path: Path, rows: list[dict], before: list[dict]) -> None:
     """Prints the tables, writes them to path.md, and path.svg where matplotlib is installed."""
     if not rows:
         print("no finished runs")
@@ -36,8 +36,8 @@ def write_report(path: Path, rows: list[dict], step0: list[dict]) -> None:
             table(rows, run_cell),
             "Before training: mean advantage of rightly worked traces - that of the empty one; "
             "share of the reward's variance from hard / easy / unpredictable tokens",
-            table(step0, step0_cell),
-            correlations(rows, step0),
+            table(before, before_cell),
+            correlations(rows, before),
         ]
     )
     path.with_suffix(".md").write_text(text + "\n")
@@ -77,7 +77,7 @@ def run_cell(rows: list[dict]) -> str:
     return f"{statistics.mean(right):.2f} ± {spread:.2f}, {length:.0f}, {think}/{len(rows)}"
 
 
-def step0_cell(rows: list[dict]) -> str:
+def before_cell(rows: list[dict]) -> str:
     (row,) = rows
     predictor = "-" if row["predictor"] is None else f"{row['predictor']:+.2f}"
     shares = [f"{row[f'share_{kind}']:.2f}" for kind in ("hard", "easy", "noise")]
@@ -85,9 +85,9 @@ def step0_cell(rows: list[dict]) -> str:
 
 
 # ---- correlations
-def correlations(rows: list[dict], step0: list[dict]) -> str:
+def correlations(rows: list[dict], before: list[dict]) -> str:
     """What the predictor says about the outcomes, over all (setting, method) with both."""
-    predictors = {cell: found[0]["predictor"] for cell, found in group(step0).items()}
+    predictors = {cell: found[0]["predictor"] for cell, found in group(before).items()}
     predicted, survival, right, thinks_from = [], [], [], []
     for cell, found in group(rows).items():
         if predictors.get(cell) is None:

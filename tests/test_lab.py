@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import preflight
 from data import Tokenizer
 from examples import lab
 from examples import lab_measure as measure
@@ -62,12 +63,13 @@ TINY = make.Task(easy=0, noise=1, steps=1)
 def finished(tmp_path_factory):
     """A grid of two methods on a base that was trained for one step."""
     out = tmp_path_factory.mktemp("lab")
-    grid = lab.Grid((TINY,), ("arithmetic_mean", "sft_in_context"), 1, steps=1, eval_every=1)
+    grid = lab.Grid((TINY,), ("arithmetic_mean", "sft_in_context"), 1, steps=1)
     small = pytest.MonkeyPatch()
     small.setattr(lab, "LOOKUPS_RIGHT", -1.0)  # one step of pretraining teaches nothing
     small.setattr(lab, "EVAL_QUESTIONS", 2)
     small.setattr(measure, "HARD_ROWS", 2)
-    small.setattr(measure, "QUESTIONS", 2)
+    small.setattr(lab, "QUESTIONS_BEFORE", 2)
+    small.setattr(lab, "QUESTIONS_AFTER", 2)
     lab.make_base(out, TINY, methods=())
     data = out / "bases" / lab.setting_name(TINY) / "train.jsonl"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:20]))
@@ -81,7 +83,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_finished_run_has_all_columns_and_no_checkpoint(finished):
-    rows, step0 = lab.collect(*finished)
+    rows, before = lab.collect(*finished)
     assert [row["method"] for row in rows] == ["arithmetic_mean", "sft_in_context"]
     columns = {
         *lab.AXES,
@@ -93,7 +95,7 @@ def test_a_finished_run_has_all_columns_and_no_checkpoint(finished):
         "warnings",
     }
     assert all(columns <= set(row) for row in rows)
-    assert [line["method"] for line in step0] == ["arithmetic_mean"]
+    assert [line["method"] for line in before] == ["arithmetic_mean"]
     assert not list(finished[0].rglob("checkpoint-*"))
 
 
@@ -171,6 +173,10 @@ def test_an_interrupted_lab_ends_its_child_processes(monkeypatch):
 
 
 # ---- before training
+def group(logp: torch.Tensor) -> preflight.Group:
+    return preflight.Group([[] for _ in logp], logp.double(), logp[-1].double())
+
+
 @pytest.mark.parametrize("hard", [1, 3])
 def test_traces_are_told_apart_by_the_formats_of_make(hard):
     rng = random.Random(0)
@@ -204,18 +210,18 @@ def test_variance_shares_of_independent_tokens_are_their_variances():
     # Four traces: the hard token varies by +-2 nats, the easy one by +-1, independently.
     logp = torch.tensor([[-2.0, -1.0], [-2.0, -3.0], [-6.0, -1.0], [-6.0, -3.0]])
     positions = {"hard": [0], "easy": [1], "noise": []}
-    shares = measure.variance_shares("log_prob", [(logp, logp[0])], [positions])
+    shares = measure.variance_shares("log_prob", [group(logp)], [positions])
     assert shares == pytest.approx({"hard": 0.8, "easy": 0.2, "noise": 0.0})
 
 
 def test_tokens_that_are_worse_after_well_paid_traces_have_a_share_below_zero():
     logp = torch.tensor([[-1.0, -4.0], [-2.0, -1.0]])  # the hard token falls where the other rises
     positions = {"hard": [0], "easy": [1], "noise": []}
-    shares = measure.variance_shares("log_prob", [(logp, logp[0])], [positions])
+    shares = measure.variance_shares("log_prob", [group(logp)], [positions])
     assert shares == pytest.approx({"hard": -0.5, "easy": 1.5, "noise": 0.0})
 
 
-def test_step_0_pays_for_the_trace_that_the_reward_prefers(monkeypatch):
+def test_the_trace_that_the_reward_prefers_is_paid_for(monkeypatch):
     """Groups of two traces, a rightly worked and the empty one: advantages +-1 / sqrt(2).
 
     In the committed base a trace costs easy tokens and gains the hard one.
@@ -223,18 +229,23 @@ def test_step_0_pays_for_the_trace_that_the_reward_prefers(monkeypatch):
     folder = lab.ROOT / "examples" / "hops"
     tokenizer = Tokenizer(folder / "base")
 
-    def worked_traces(model, prompts, *settings):
-        question = tokenizer.decode(prompts[0])
-        ids = tokenizer.encode_prompt(f"{measure.worked_trace(question)} {make.MARKER}")
-        return [[Trace(ids, [0.0] * len(ids), finished=True)]]
+    def worked_traces(model, prompts, k, *limits, **settings):
+        groups = []
+        for prompt in prompts:
+            text = measure.worked_trace(tokenizer.decode(prompt))
+            ids = tokenizer.encode_prompt(f"{text} {make.MARKER}")
+            groups.append([Trace(ids, [0.0] * len(ids), finished=True)])
+        return groups
 
-    monkeypatch.setattr(measure, "sample_traces", worked_traces)
-    monkeypatch.setattr(measure, "QUESTIONS", 4)
+    monkeypatch.setattr(preflight, "sample_traces", worked_traces)
     methods = {
         name: f"--aggregator {name}" for name in ("arithmetic_mean", "weighted_sum_log_prob")
     }
     methods["unscaled"] = "--aggregator arithmetic_mean --scale none"
-    mean, weighted, unscaled = measure.step0(folder, make.Task(), methods)
+    mean, weighted, unscaled = measure.what_is_paid(
+        folder / "base", folder / "test.jsonl", make.Task(), methods, questions=4
+    )
+    assert mean["signal_to_noise"] is None  # all four are the same: there is no noise
     assert mean["predictor"] == pytest.approx(-math.sqrt(2))
     assert weighted["predictor"] == pytest.approx(math.sqrt(2))
     assert unscaled["predictor"] < 0
@@ -262,15 +273,15 @@ def test_thinking_survives_only_with_long_traces_that_help_and_answer_this_quest
     assert not measure.survives(outcome(hard_logp=-2, hard_logp_null=-23, hard_logp_shuffled=-2))
 
 
-def test_thinking_appears_at_the_first_evaluation_with_gain_and_traces():
-    log = [
-        {"step": 0, "eval_gain": 0.0, "eval_trace_len": 9.0},
-        {"step": 1},
-        {"step": 2, "eval_gain": 2.0, "eval_trace_len": 1.0},
-        {"step": 4, "eval_gain": 0.3, "eval_trace_len": 5.0},
-    ]
-    assert measure.first_thinking_step(log) == 4
-    assert measure.first_thinking_step(log[:3]) is None
+def test_thinking_appears_at_the_first_of_three_steps_with_gain_and_traces():
+    thinks = {"gain": 0.3, "trace_len_mean": 5.0}
+    too_short = {"gain": 2.0, "trace_len_mean": 2.9}
+    too_little = {"gain": 0.1, "trace_len_mean": 9.0}
+    steps = [thinks, thinks, too_short, too_little, thinks, thinks, thinks]
+    log = [{"step": i} | line for i, line in enumerate(steps, start=1)]
+    log.insert(0, {"step": 0, "eval_gain": 3.0, "eval_trace_len": 9.0})  # not a step of training
+    assert measure.first_thinking_step(log) == 5
+    assert measure.first_thinking_step(log[:-1]) is None
 
 
 # ---- report

@@ -15,7 +15,7 @@ def group(rows: list[tuple[int, float, float]]) -> Group:
     """Traces as (length, probability of each easy token, of the hard one), the empty one last."""
     probabilities = [[easy] * EASY + [hard] * HARD for _, easy, hard in rows]
     logp = torch.tensor(probabilities, dtype=torch.float64).log()
-    return Group(torch.tensor([float(length) for length, _, _ in rows]), logp, logp[-1])
+    return Group([[0] * length for length, _, _ in rows], logp, logp[-1])
 
 
 # A worked trace costs the easy tokens some probability and makes the hard one likely.
@@ -92,4 +92,5 @@ def test_the_groups_are_sampled_and_scored_traces_and_the_empty_one():
         logits = model.lm_head.weight @ model(context)[0].T  # [V, L]
         logp = logits.log_softmax(0)[example.answer, [2, 3, 4]]
         torch.testing.assert_close(made.null_logp, logp.detach(), rtol=0, atol=1e-10)
-        assert made.length[-1] == 0 and (made.length[:-1] <= 6).all()
+        lengths = made.lengths()
+        assert lengths[-1] == 0 and (lengths[:-1] <= 6).all()
