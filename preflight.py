@@ -22,6 +22,7 @@ where no trace helps or more than DEAD of the groups are dead. short, long and c
 over a few hundred traces.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ from sample import sample_traces
 
 UNCERTAIN = 0.5  # probability of an answer token after the empty trace
 DEAD = 0.9  # share of questions
+MARGIN = 0.0
 NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards are drawn at random
 
 
@@ -108,13 +110,13 @@ def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
         "corr": float(torch.corrcoef(torch.stack([length.double(), advantage]))[0, 1]),
         "dead": dead / len(groups),
     }
-    if row["dead"] > DEAD or not helpful:
-        verdict = "no signal"
-    elif row["helpful"] > row["empty"]:
-        verdict = "keeps thinking"
-    else:
-        verdict = "removes thinking"
-    return row | {"verdict": verdict}
+    return row | {"verdict": verdict(row["helpful"], row["empty"], row["dead"])}
+
+
+def verdict(helpful: float, empty: float, dead: float) -> str:
+    if dead > DEAD or math.isnan(helpful):
+        return "no signal"
+    return "keeps thinking" if helpful > empty - MARGIN else "removes thinking"
 
 
 def mean(values: list[Tensor]) -> float:

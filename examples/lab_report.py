@@ -1,13 +1,21 @@
-"""Tables, rank correlations and the figure of examples/lab.py, from its rows.
+"""Tables, rank correlations and the figure of examples/lab.py, from the CSV files that it wrote.
+
+    python examples/lab_report.py examples/lab/map    reads map.csv and map-before.csv there,
+                                                      writes map.md and map.svg
 
 A cell of the table: hard tokens right (mean +- std over seeds), tokens of a trace, and how many of
-the seeds think at the end. The predictor is measured before training (lab_measure.what_is_paid):
-the mean advantage of rightly worked traces minus that of the empty one.
+the seeds think at the end. What is known before training is from lab_measure.what_is_paid.
 """
 
+import csv
 import statistics
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from preflight import verdict
 
 AXES = ("easy", "sloppy", "noise", "worked", "hard")
 
@@ -24,26 +32,60 @@ def label(setting: tuple) -> str:
     return text + (f", {hard} hard" if hard > 1 else "")
 
 
-def write_report(path: Path, rows: list[dict], before: list[dict]) -> None:
-    """Prints the tables, writes them to path.md, and path.svg where matplotlib is installed."""
+def write_report(path: Path) -> None:
+    """path.csv, path-before.csv -> path.md, printed too, and path.svg if matplotlib is there."""
+    rows = read_csv(path.with_suffix(".csv"))
+    before = read_csv(path.with_name(path.name + "-before.csv"))
     if not rows:
         print("no finished runs")
         return
-    text = "\n\n".join(
-        [
-            f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
-            "seeds that think at the end",
-            table(rows, run_cell),
-            "Before training: mean advantage of rightly worked traces - that of the empty one; "
-            "share of the reward's variance from hard / easy / unpredictable tokens",
-            table(before, before_cell),
-            correlations(rows, before),
-        ]
-    )
+    text = report(rows, before)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
     if find_spec("matplotlib"):
         draw_map(path.with_suffix(".svg"), rows)
+
+
+def report(rows: list[dict], before: list[dict]) -> str:
+    parts = [
+        f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
+        "seeds that think at the end",
+        table(rows, run_cell),
+        "Before training: mean advantage of rightly worked traces - that of the empty one; "
+        "share of the reward's variance from hard / easy / unpredictable tokens",
+        table(before, before_cell),
+        correlations(rows, before),
+        "Preflight's verdicts. Its margin was placed on the settings with one hard token and no "
+        "unpredictable ones; the other settings are held out",
+        verdicts(rows, before),
+    ]
+    return "\n\n".join(parts)
+
+
+def write_csv(file: Path, rows: list[dict]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(file, "w", newline="") as out:
+        writer = csv.DictWriter(out, names)
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(rounded)
+
+
+def read_csv(file: Path) -> list[dict]:
+    with open(file, newline="") as lines:
+        return [{k: number(text) for k, text in row.items()} for row in csv.DictReader(lines)]
+
+
+def number(text: str) -> bool | int | float | str | None:
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 # ---- table
@@ -84,31 +126,76 @@ def before_cell(rows: list[dict]) -> str:
     return f"{predictor}; {' / '.join(shares)}"
 
 
-# ---- correlations
+# ---- what predicts the outcome
+QUANTITIES = {
+    "advantage of rightly worked traces - that of the empty one": lambda row: row["predictor"],
+    "its mean / its std over the rightly worked traces": lambda row: row["signal_to_noise"],
+    "share of the reward's variance from hard tokens": lambda row: row["share_hard"],
+    "correlation of trace length and reward": lambda row: row["len_reward_corr"],
+    "preflight: helpful - empty": lambda row: row["helpful"] - row["empty"],
+}
+
+
 def correlations(rows: list[dict], before: list[dict]) -> str:
-    """What the predictor says about the outcomes, over all (setting, method) with both."""
-    predictors = {cell: found[0]["predictor"] for cell, found in group(before).items()}
-    predicted, survival, right, thinks_from = [], [], [], []
-    for cell, found in group(rows).items():
-        if predictors.get(cell) is None:
-            continue
-        predicted.append(predictors[cell])
-        survival.append(statistics.mean(row["survives"] for row in found))
-        right.append(statistics.mean(row["hard_right"] for row in found))
-        # A run that never thinks counts as one that would after its last step.
-        steps = [row["thinks_from"] or row["steps"] + 1 for row in found]
-        thinks_from.append(statistics.mean(steps))
-    lines = [f"Spearman's rank correlation of the predictor, {len(predicted)} cells:"]
+    """Spearman's rank correlation of quantities known before training with the outcomes.
+
+    Over all cells (setting, aggregator) that both were measured in.
+    """
+    measured = {cell: found[0] for cell, found in group(before).items()}
+    cells = [
+        (measured[cell], found)
+        for cell, found in group(rows).items()
+        if cell in measured and measured[cell].get("helpful") is not None
+    ]
     outcomes = {
-        "share of seeds that think at the end": survival,
-        "hard tokens right at the end": right,
-        "step at which thinking appears": thinks_from,
+        "seeds that think at the end": [mean_of(found, "survives") for _, found in cells],
+        "hard tokens right at the end": [mean_of(found, "hard_right") for _, found in cells],
+        # A run that never thinks counts as one that would after its last step.
+        "step at which thinking appears": [
+            statistics.mean(row["thinks_from"] or row["steps"] + 1 for row in found)
+            for _, found in cells
+        ],
     }
-    for name, values in outcomes.items():
-        lines.append(f"* with the {name}: {spearman(predicted, values):+.2f}")
-    agree = sum((p > 0) == (s > 0.5) for p, s in zip(predicted, survival, strict=True))
-    lines.append(f"* predictor > 0 where most seeds think, else <= 0: {agree} of {len(predicted)}")
+    lines = [
+        f"Rank correlation (Spearman) with the outcome, over {len(cells)} settings x aggregators:",
+        "",
+        "| before training | " + " | ".join(outcomes) + " |",
+        "|---" * (len(outcomes) + 1) + "|",
+    ]
+    for name, quantity in QUANTITIES.items():
+        known = [quantity(line) for line, _ in cells]
+        at = [i for i, value in enumerate(known) if value is not None]
+        values = [
+            f"{spearman([known[i] for i in at], [outcome[i] for i in at]):+.2f}"
+            for outcome in outcomes.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
+
+
+def mean_of(rows: list[dict], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
+
+
+def verdicts(rows: list[dict], before: list[dict]) -> str:
+    """Preflight's verdicts against the outcomes, per group of settings."""
+    outcome = {cell: mean_of(found, "survives") > 0.5 for cell, found in group(rows).items()}
+    counts = {}
+    for cell, (line,) in group(before).items():
+        if cell in outcome and line.get("helpful") is not None:
+            placed = "placed on" if placed_on(line) else "held out"
+            said = verdict(line["helpful"], line["empty"], line["dead"])
+            key = (placed, said)
+            counts.setdefault(key, [0, 0])[outcome[cell]] += 1
+    lines = ["| settings | verdict | most seeds think | most seeds do not |", "|---|---|---|---|"]
+    for (placed, said), (no, yes) in sorted(counts.items()):
+        lines.append(f"| {placed} | {said} | {yes} | {no} |")
+    return "\n".join(lines)
+
+
+def placed_on(row: dict) -> bool:
+    """Whether preflight.MARGIN was placed on this setting; it was not on the other axes."""
+    return row["noise"] == 0 and row["hard"] == 1
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -169,3 +256,7 @@ def draw_map(file: Path, rows: list[dict]) -> None:
     figure.colorbar(image, ax=panels, label="share of seeds that think", shrink=0.7)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    write_report(Path(sys.argv[1]))

@@ -38,7 +38,7 @@ def test_every_cell_of_a_grid_has_a_method_and_a_folder_of_its_own(name):
 def test_the_map_has_twelve_settings_three_seeds_and_every_aggregator():
     grid = lab.GRIDS["map"]
     assert len(set(grid.tasks)) >= 12 and grid.seeds == 3
-    assert {*lab.AGGREGATORS, *lab.BASELINES, lab.VERIFREE} == set(grid.methods)
+    assert {*lab.AGGREGATORS, *lab.BASELINES} == set(grid.methods)
 
 
 def test_seeds_come_last_so_that_a_stopped_grid_has_every_cell_once():
@@ -295,3 +295,31 @@ def test_spearman_sees_order_alone():
     # 1 - 6 sum d^2 / (n (n^2 - 1)) without equal values
     assert report.spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / 120)
     assert math.isnan(report.spearman([1, 2], [1, 1]))
+
+
+def test_a_csv_file_gives_back_what_was_written_in_it(tmp_path):
+    rows = [{"method": "r3", "seed": 0, "right": 0.25, "survives": True, "thinks_from": None}]
+    report.write_csv(tmp_path / "a.csv", rows)
+    assert report.read_csv(tmp_path / "a.csv") == rows
+
+
+AXES = {"easy": 8, "sloppy": 0.3, "noise": 0, "worked": 0.15, "hard": 1}
+
+
+def test_verdicts_are_counted_against_what_most_seeds_do():
+    thinks = {"helpful": 1.0, "empty": 0.0, "dead": 0.0}
+    removes = {"helpful": -2.0, "empty": 1.0, "dead": 0.0}
+    before = [AXES | {"method": "a"} | thinks, AXES | {"method": "b"} | removes]
+    before.append(AXES | {"noise": 4, "method": "a"} | removes)
+    outcomes = {"a": [True, True, False], "b": [False, True, False]}
+    rows = [
+        AXES | {"noise": noise, "method": method, "survives": survives}
+        for noise in (0, 4)
+        for method, found in outcomes.items()
+        for survives in found
+    ]
+    assert report.verdicts(rows, before).splitlines()[2:] == [
+        "| held out | removes thinking | 1 | 0 |",
+        "| placed on | keeps thinking | 1 | 0 |",
+        "| placed on | removes thinking | 0 | 1 |",
+    ]
