@@ -15,6 +15,7 @@ with their smallest and largest value; samples are taken evenly over the steps.
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -160,7 +161,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="--out of train.py")
     parser.add_argument("-o", "--out", required=True, type=Path, help="the HTML file to write")
     args = parser.parse_args()
-    page = make_page([read_run(run, SAMPLE_BYTES // len(args.runs)) for run in args.runs])
+    parents = os.path.commonpath([run.resolve().parent for run in args.runs])
+    runs = []
+    for folder in args.runs:
+        runs.append(read_run(folder, SAMPLE_BYTES // len(args.runs)))
+        runs[-1]["name"] = os.path.relpath(folder.resolve(), parents)  # a/x and b/x, or just x
+    page = make_page(runs)
     try:
         args.out.write_text(page)
     except OSError as error:

@@ -34,7 +34,12 @@ const weightedSum = (scale) => (c, n) => {
 
 // Two methods compare the K traces of a group: f(logp [K][T]) -> {reward [K], weight [K][T]}.
 function r3(logp) {
-  const spread = logp[0].map((_, i) => std(logp.map((row) => row[i]), 0));
+  const spread = logp[0].map((_, i) =>
+    std(
+      logp.map((row) => row[i]),
+      0,
+    ),
+  );
   const total = sum(spread);
   const share = spread.map((x) => (total === 0 ? 1 / spread.length : x / total));
   return {
@@ -78,7 +83,7 @@ function advantages(reward, weight, center = "mean", scale = "std") {
   if (center === "none" && scale === "none") return reward;
   const floor = ROUNDING * Math.max(...weight.map((row) => sum(row.map(Math.abs))));
   const spread = std(reward, 1);
-  if (!(spread > floor)) return reward.map(() => 0);
+  if (spread <= floor) return reward.map(() => 0);
   const others = (x) => (sum(reward) - x) / (reward.length - 1);
   const baseline = { mean: () => mean(reward), loo: others, none: () => 0 }[center];
   return reward.map((x) => (x - baseline(x)) / (scale === "std" ? spread : 1));
