@@ -207,6 +207,7 @@ def log_held_out(
     )
     # index -1: FrozenNull keeps its values by the row number of the training data.
     null_logp = frozen_null(replace(example, index=-1)) if frozen_null else scores.null_logp
+    torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in the loop
     reward, weight = rewards(scores.answer_logp, null_logp, args)
     advantage = group_advantages(reward, weight, args)
     log.samples(

@@ -138,7 +138,7 @@ def test_in_a_browser_the_chooser_recomputes_the_numbers_and_a_hostile_trace_doe
         "--disable-gpu",
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
-    flags += ["--no-first-run", "--window-size=500,900", "--dump-dom"]
+    flags += ["--disable-background-networking", "--window-size=500,900", "--dump-dom"]
     done = subprocess.run(
         [CHROMIUM, *flags, (tmp_path / "page.html").as_uri()], capture_output=True, text=True
     )
