@@ -196,30 +196,15 @@ def log_held_out(
 ) -> None:
     """Logs K traces of a held-out question, scored as in training: how its traces change."""
     (traces,) = sample_groups(policy, tokenizer, [example], step, args)
-    scores = score(
-        policy,
-        example.prompt,
-        traces,
-        example.answer,
-        tokenizer.marker_id,
-        temperature=args.temperature,
-        micro_traces=args.micro_traces,
-    )
+    marker, micro = tokenizer.marker_id, args.micro_traces
+    scores = score(policy, example.prompt, traces, example.answer, marker, micro_traces=micro)
     # index -1: FrozenNull keeps its values by the row number of the training data.
     null_logp = frozen_null(replace(example, index=-1)) if frozen_null else scores.null_logp
     torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in the loop
     reward, weight = rewards(scores.answer_logp, null_logp, args)
     advantage = group_advantages(reward, weight, args)
     log.samples(
-        step,
-        tokenizer,
-        example,
-        traces,
-        reward,
-        advantage,
-        scores.answer_logp,
-        null_logp,
-        held_out=True,
+        step, tokenizer, example, traces, scores, null_logp, reward, advantage, held_out=True
     )
 
 
@@ -405,9 +390,8 @@ def train(args: Args) -> None:
                 omega = answer_weights(weight, args)
                 clock.lap("score")
                 if example is own[0]:
-                    logp = scores.answer_logp.detach()
                     log.samples(
-                        step, tokenizer, example, traces, reward, advantage, logp, null_logp
+                        step, tokenizer, example, traces, scores, null_logp, reward, advantage
                     )
 
                 losses = loss_terms(scores, traces, advantage, omega, args)

@@ -15,9 +15,10 @@ with their smallest and largest value; samples are taken evenly over the steps.
 """
 
 import json
-import os
+import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def read_run(folder: Path, sample_bytes: int) -> dict:
     """What the page shows of a run. sample_bytes: most bytes of its samples."""
     try:
         settings = parse((folder / "args.json").read_bytes(), folder / "args.json", OF_REWARD)
-        log = list(read_log(folder / "log.jsonl"))
+        log = read_log(folder / "log.jsonl")
         samples = read_samples(folder / "samples.jsonl", sample_bytes)
     except OSError as error:
         raise InputError(
@@ -65,11 +66,10 @@ def read_run(folder: Path, sample_bytes: int) -> dict:
 
 def read_log(file: Path) -> list[dict]:
     with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield parse(line, f"{file}:{number}", ["step"])
+        return [parse(line, f"{file}:{number}", ["step"]) for number, line in enumerate(lines, 1)]
 
 
-def parse(text: bytes, where: str | Path, needed: tuple | list) -> dict:
+def parse(text: bytes, where: str | Path, needed: Sequence[str]) -> dict:
     """The object of a line of JSON. A figure that is no number (NaN, inf) becomes None."""
     if not text.endswith(b"\n"):
         raise InputError(f"{where}: half-written; train.py --resume continues such a run")
@@ -126,13 +126,14 @@ def parse_sample(line: bytes, where: str) -> dict:
 
 def thin(log: list[dict], name: str) -> list[list[float]]:
     """A curve as points [step, mean, smallest, largest], at most POINTS."""
-    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-    size = -(-len(points) // POINTS)  # rounded up
+    lines = [line for line in log if isinstance(line.get(name), int | float)]
+    size = max(1, math.ceil(len(lines) / POINTS))
     curve = []
-    for start in range(0, len(points), max(1, size)):
-        steps, values = zip(*points[start : start + size], strict=True)
+    for start in range(0, len(lines), size):
+        part = lines[start : start + size]
+        values = [line[name] for line in part]
         figures = (sum(values) / len(values), min(values), max(values))
-        curve.append([steps[-1], *(float(f"{value:.5g}") for value in figures)])
+        curve.append([part[-1]["step"], *(float(f"{value:.5g}") for value in figures)])
     return curve
 
 
@@ -149,9 +150,9 @@ def make_page(runs: list[dict]) -> str:
         run["settings"] = {name: run["settings"].get(name) for name in [*OF_REWARD, *differ]}
     # "<" as an escape: no text of a run can end the script element that holds it.
     data = json.dumps({"runs": runs, "differ": differ}).replace("<", "\\u003c")
-    page = (PARTS / "page.html").read_text()
+    page = (PARTS / "page.html").read_text("utf-8")
     for script in ("aggregate.js", "page.js"):
-        page = page.replace(f"/* {script} */", (PARTS / script).read_text())
+        page = page.replace(f"/* {script} */", (PARTS / script).read_text("utf-8"))
     return page.replace("/* data */", data)
 
 
@@ -161,14 +162,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="--out of train.py")
     parser.add_argument("-o", "--out", required=True, type=Path, help="the HTML file to write")
     args = parser.parse_args()
-    parents = os.path.commonpath([run.resolve().parent for run in args.runs])
-    runs = []
-    for folder in args.runs:
-        runs.append(read_run(folder, SAMPLE_BYTES // len(args.runs)))
-        runs[-1]["name"] = os.path.relpath(folder.resolve(), parents)  # a/x and b/x, or just x
-    page = make_page(runs)
+    page = make_page([read_run(run, SAMPLE_BYTES // len(args.runs)) for run in args.runs])
     try:
-        args.out.write_text(page)
+        args.out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{args.out}: {error.strerror}") from None
     print(f"wrote {args.out}, {len(page) / 1e6:.2f} MB; it opens in any browser")

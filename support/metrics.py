@@ -269,16 +269,15 @@ class Log:
         tokenizer: Tokenizer,
         example: Example,
         traces: list[Trace],
+        scores: Scores,
+        null_logp: Tensor,
         reward: Tensor,
         advantage: Tensor,
-        answer_logp: Tensor,
-        null_logp: Tensor,
         held_out: bool = False,
     ) -> None:
-        """One question's traces as text, with rewards, advantages [K], and the log-probs of the
-        answer's tokens: answer_logp [K, T], null_logp [T] as the reward used it.
+        """One question's traces as text, and the log-probs that their rewards were computed from.
 
-        examples/report.py draws them.
+        null_logp [T] as the reward used it; reward and advantage [K]. examples/report.py draws it.
         """
         if rank():
             return
@@ -291,7 +290,7 @@ class Log:
                     "finished": trace.finished,
                     "reward": reward[i].item(),
                     "advantage": advantage[i].item(),
-                    "logp": rounded(answer_logp[i]),
+                    "logp": rounded(scores.answer_logp[i]),
                 }
             )
         line = {

@@ -77,7 +77,9 @@ def in_node(groups: list[tuple[list, list]]) -> list[dict]:
         console.log(JSON.stringify(GROUPS.map((group) =>
           Object.fromEntries(names.map((name) => [name, figures(name, group)])))));
     """
-    script = (report.PARTS / "aggregate.js").read_text() + f"const GROUPS = {json.dumps(groups)};"
+    script = (report.PARTS / "aggregate.js").read_text(
+        "utf-8"
+    ) + f"const GROUPS = {json.dumps(groups)};"
     done = subprocess.run(
         [NODE, "-"], input=script + driver, capture_output=True, text=True, check=True
     )
@@ -131,7 +133,7 @@ def test_in_a_browser_the_chooser_recomputes_the_numbers_and_a_hostile_trace_doe
           wide: document.documentElement.scrollWidth - innerWidth });
       </script>
     """
-    (tmp_path / "page.html").write_text(page + driver)
+    (tmp_path / "page.html").write_text(page + driver, encoding="utf-8")
     flags = [
         "--headless",
         "--no-sandbox",
@@ -216,7 +218,7 @@ def test_the_command_writes_the_page_and_refuses_with_exit_code_2(tmp_path, monk
     out = tmp_path / "page.html"
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "-o", str(out)])
     report.main()
-    assert out.read_text() == page_of(run)
+    assert out.read_text("utf-8") == page_of(run)
     os.truncate(run / "log.jsonl", 20)
     out.unlink()
     with pytest.raises(SystemExit) as stopped:

@@ -347,7 +347,9 @@ function start() {
   const lines = [drawToken("light", 0, 0), drawToken("heavy", 0, 1)];
   byId("key").append(html("span", ...tokens, "log-prob against the empty trace, nats"));
   byId("key").append(html("span", ...lines, "weight in the reward"));
-  byId("run").append(...runs.map((run, i) => html("option", { value: i }, run.name)));
+  runs.forEach((run, i) =>
+    byId("run").append(html("option", { value: i }, `${GLYPHS[i % 6]} ${run.name}`)),
+  );
   byId("run").onchange = (event) => choose({ run: +event.target.value, f: "" });
   byId("kind").onchange = (event) => choose({ kind: event.target.value });
   byId("step").oninput = (event) =>
