@@ -85,7 +85,7 @@ def parse(text: bytes, where: str | Path, needed: Sequence[str]) -> dict:
 
 def read_samples(file: Path, most_bytes: int) -> list[dict]:
     """Lines of samples.jsonl, evenly over the steps. Only those that are taken are parsed."""
-    places = {b"true": [], b"false": []}  # held out or not -> (line number, offset in bytes)
+    lines_of = {b"true": [], b"false": []}  # held out or not -> (line number, offset in bytes)
     offset = 0
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -93,13 +93,13 @@ def read_samples(file: Path, most_bytes: int) -> list[dict]:
             if not start:
                 parse(line, f"{file}:{number}", ["step", "held_out"])
                 raise InputError(f"{file}:{number}: not a line that train.py wrote")
-            places[start[1]].append((number, offset))
+            lines_of[start[1]].append((number, offset))
             offset += len(line)
-        total = sum(len(found) for found in places.values())
+        total = len(lines_of[b"true"]) + len(lines_of[b"false"])
         count = min(SAMPLES, most_bytes * total // max(1, 2 * offset))  # by the mean size of a line
         taken = []
-        for number, start in evenly(places[b"true"], count) + evenly(places[b"false"], count):
-            lines.seek(start)
+        for number, offset in evenly(lines_of[b"true"], count) + evenly(lines_of[b"false"], count):
+            lines.seek(offset)
             taken.append(parse_sample(lines.readline(), f"{file}:{number}"))
     return taken
 
@@ -116,10 +116,10 @@ def parse_sample(line: bytes, where: str) -> dict:
     sample = parse(line, where, ["question", "answer", "null_logp", "traces"])
     try:
         rows = [trace["logp"] for trace in sample["traces"]] + [sample["null_logp"]]
-        whole = all(len(row) == len(sample["answer"]) > 0 for row in rows)
+        complete = all(len(row) == len(sample["answer"]) > 0 for row in rows)
     except (KeyError, TypeError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise InputError(f"{where}: a trace should have one log-prob for each token of the answer")
     return sample
 

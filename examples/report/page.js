@@ -208,7 +208,7 @@ function choose(changes) {
 // ---- the traces of one question
 // The group: the sampled traces and, if chosen, the empty one. -> reward, advantage [K], weight
 // [K][T], with the run's settings, as train.py computes them.
-function judge(name, sample, { center, scale, clip_null }) {
+function scoreGroup(name, sample, { center, scale, clip_null }) {
   const rows = sample.traces.map((trace) => trace.logp);
   if (chosen.added) rows.push(sample.null_logp);
   const { reward, weight } = aggregate(name, rows, sample.null_logp);
@@ -227,7 +227,7 @@ function drawSample(sample, settings) {
   byId("question").textContent = visible(sample.question);
   byId("readout").textContent = "Point at a token, or walk through an answer with the arrow keys.";
   drawAggregators(sample, settings);
-  const { reward, weight, advantage } = judge(chosen.f, sample, settings);
+  const { reward, weight, advantage } = scoreGroup(chosen.f, sample, settings);
   byId("verdict").textContent = verdict(advantage, settings);
   const empty = { trace: "", logp: sample.null_logp, added: 1 };
   const rows = []; // equal traces share one
@@ -263,7 +263,7 @@ function drawAggregators(sample, settings) {
     html("legend", html("span", "Aggregator"), html("span", title)),
   );
   for (const [name, { formula }] of Object.entries(AGGREGATORS)) {
-    const empty = chosen.added ? signed(judge(name, sample, settings).advantage.at(-1)) : "";
+    const empty = chosen.added ? signed(scoreGroup(name, sample, settings).advantage.at(-1)) : "";
     const radio = html("input", { type: "radio", name: "f", value: name });
     radio.checked = name === chosen.f;
     const label = html("label.choice", radio, name, html("span", empty), html("small", formula));
