@@ -167,6 +167,14 @@ def test_no_text_of_a_run_is_markup_in_the_page(tmp_path):
     assert "\u2028" not in page and "\x1b" not in page
 
 
+def test_the_page_of_the_embedded_task_is_made_of_the_present_scripts():
+    page = (report.ROOT / "examples/hops/report.html").read_text("utf-8")
+    head, _, _ = (report.PARTS / "page.html").read_text("utf-8").partition("/* data */")
+    assert page.startswith(head) and len(page) < 1_000_000
+    for script in ("aggregate.js", "page.js"):
+        assert (report.PARTS / script).read_text("utf-8") in page
+
+
 # ---- what is read
 def test_a_long_run_is_thinned_but_keeps_its_ends_and_extremes(tmp_path):
     run = report.read_run(write_run(tmp_path / "run", steps=1000), 60_000)
