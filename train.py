@@ -41,7 +41,7 @@ The flags are described in support/args.py.
 
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -182,6 +182,30 @@ def answer_weights(weight: Tensor, args: Args) -> Tensor:
     if args.answer_weight == "none" and args.traces > 0:
         return torch.zeros_like(weight)
     return torch.ones_like(weight)
+
+
+@torch.no_grad()
+def log_held_out(
+    log: Log,
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    example: Example,
+    step: int,
+    frozen_null: FrozenNull | None,
+    args: Args,
+) -> None:
+    """Logs K traces of a held-out question, scored as in training: how its traces change."""
+    (traces,) = sample_groups(policy, tokenizer, [example], step, args)
+    marker, micro = tokenizer.marker_id, args.micro_traces
+    scores = score(policy, example.prompt, traces, example.answer, marker, micro_traces=micro)
+    # index -1: FrozenNull keeps its values by the row number of the training data.
+    null_logp = frozen_null(replace(example, index=-1)) if frozen_null else scores.null_logp
+    torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in the loop
+    reward, weight = rewards(scores.answer_logp, null_logp, args)
+    advantage = group_advantages(reward, weight, args)
+    log.samples(
+        step, tokenizer, example, traces, scores, null_logp, reward, advantage, held_out=True
+    )
 
 
 # ---- loss and backward
@@ -339,6 +363,7 @@ def train(args: Args) -> None:
     log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n")
     if step == 0 and held_out:
         log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
+        log_held_out(log, policy, tokenizer, held_out[0], 0, frozen_null, args)
 
     bad_updates = 0
     while step < args.steps:
@@ -364,6 +389,10 @@ def train(args: Args) -> None:
                 advantage = group_advantages(reward, weight, args)
                 omega = answer_weights(weight, args)
                 clock.lap("score")
+                if example is own[0]:
+                    log.samples(
+                        step, tokenizer, example, traces, scores, null_logp, reward, advantage
+                    )
 
                 losses = loss_terms(scores, traces, advantage, omega, args)
                 if in_one_backward(args):
@@ -387,8 +416,8 @@ def train(args: Args) -> None:
         record |= {"lr": lr, "skipped_long": skipped}
         if held_out and (step % args.eval_every == 0 or step == args.steps):
             record |= evaluate(policy, tokenizer, held_out, args.max_trace)
+            log_held_out(log, policy, tokenizer, held_out[0], step, frozen_null, args)
         log.write(record)
-        log.samples(step, tokenizer, own[0], groups[0], figures[0])
         if bad_updates >= MAX_BAD_UPDATES:
             raise TrainingError(
                 f"step {step}: loss or gradient not finite {bad_updates} times in a row; "

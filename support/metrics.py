@@ -264,9 +264,21 @@ class Log:
         return "  ".join(parts)
 
     def samples(
-        self, step: int, tokenizer: Tokenizer, example: Example, traces: list[Trace], figures: dict
+        self,
+        step: int,
+        tokenizer: Tokenizer,
+        example: Example,
+        traces: list[Trace],
+        scores: Scores,
+        null_logp: Tensor,
+        reward: Tensor,
+        advantage: Tensor,
+        held_out: bool = False,
     ) -> None:
-        """One question's traces as text, with their rewards and advantages."""
+        """One question's traces as text, and the log-probs that their rewards were computed from.
+
+        null_logp [T] as the reward used it; reward and advantage [K]. examples/report.py draws it.
+        """
         if rank():
             return
         shown = []
@@ -274,13 +286,28 @@ class Log:
             shown.append(
                 {
                     "trace": tokenizer.decode(trace.ids, special=True),
+                    "trace_len": len(trace.ids),
                     "finished": trace.finished,
-                    "reward": figures["reward"][i],
-                    "advantage": figures["advantage"][i],
+                    "reward": reward[i].item(),
+                    "advantage": advantage[i].item(),
+                    "logp": rounded(scores.answer_logp[i]),
                 }
             )
-        line = {"step": step, "question": example.question, "gold": example.gold, "traces": shown}
+        line = {
+            "step": step,
+            "held_out": held_out,
+            "question": example.question,
+            "gold": example.gold,
+            "answer": [tokenizer.decode([token], special=True) for token in example.answer],
+            "null_logp": rounded(null_logp),
+            "traces": shown,
+        }
         append_line(self.out / "samples.jsonl", line)
+
+
+def rounded(logp: Tensor) -> list[float]:
+    """Log-probs for the log. An fp32 log-prob is not exact beyond 6 decimals."""
+    return [round(value, 6) for value in logp.tolist()]
 
 
 def append_line(file: Path, record: dict) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
+from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages, aggregate
 from data import Example, Tokenizer
 from model import KEEP, Config, Transformer
 from reward import FrozenNull, Scores, log_ratio, score
@@ -523,7 +523,15 @@ def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_
         Args(**(BRIEF | {"out": str(plain_run)}))
     )
     samples = [json.loads(line) for line in (plain_run / "samples.jsonl").read_text().splitlines()]
-    assert [len(sample["traces"]) for sample in samples] == [4, 4, 4]
+    assert [(sample["step"], sample["held_out"]) for sample in samples] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (3, True),
+    ]
+    assert all(len(sample["traces"]) == 4 for sample in samples)
     assert sorted(path.name for path in plain_run.glob("checkpoint-*")) == [
         "checkpoint-000002",
         "checkpoint-000003",
@@ -534,6 +542,20 @@ def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_
     assert (
         Tokenizer(plain_run / "final").marker == "=>"
     )  # final/ knows its marker and prompt format
+
+
+def test_logged_samples_hold_the_log_probs_that_their_rewards_were_computed_from(plain_run):
+    samples = [json.loads(line) for line in (plain_run / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["question"] for sample in samples if sample["held_out"]}) == 1
+    for sample in samples:
+        logp = torch.tensor([trace["logp"] for trace in sample["traces"]])
+        null_logp = torch.tensor(sample["null_logp"])
+        assert logp.shape == (4, len(sample["answer"]))
+        reward, weight = aggregate("weighted_sum_log_prob", logp, null_logp)
+        logged = torch.tensor([trace["reward"] for trace in sample["traces"]])
+        assert torch.allclose(logged, reward, atol=1e-5)
+        advantage = [trace["advantage"] for trace in sample["traces"]]
+        assert advantages(logged, weight=weight).tolist() == pytest.approx(advantage, abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(plain_run, tmp_path):

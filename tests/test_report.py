@@ -1,0 +1,236 @@
+"""examples/report.py: what the page computes, what a text in it can do, which logs are refused."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aggregate import AGGREGATORS, advantages, aggregate
+from examples import report
+from support.errors import InputError
+
+NODE = shutil.which("node")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards are drawn at random
+HOSTILE = (
+    "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'><!-- <script>"
+    " \x1b[31mred\x1b[0m \x07 \u2028 \u202e \U0001f600 שלום עולם &lt; ${window.ran = 3} "
+    + "deep "
+    * 400
+)
+
+
+def group(k: int, tokens: int, seed: int = 0, scale: float = 1.0) -> tuple[list, list]:
+    """Log-probs of an answer after K traces and after the empty one, as a log has them."""
+    generator = torch.Generator().manual_seed(seed)
+    logp = -scale * torch.rand(k, tokens, generator=generator, dtype=torch.float64)
+    null_logp = -scale * torch.rand(tokens, generator=generator, dtype=torch.float64)
+    return logp.tolist(), null_logp.tolist()
+
+
+def write_run(folder: Path, steps: int = 2, text: str = "thinking", **settings) -> Path:
+    """A run's log, a training and a held-out sample in every step."""
+    folder.mkdir(parents=True)
+    chosen = {"traces": 3, "aggregator": "arithmetic_mean", "center": "mean", "scale": "std"}
+    chosen |= {"clip_null": False, "out": str(folder)} | settings
+    (folder / "args.json").write_text(json.dumps(chosen) + "\n")
+    with open(folder / "log.jsonl", "w") as log, open(folder / "samples.jsonl", "w") as samples:
+        for step in range(steps + 1):
+            warnings = (
+                {"warnings": [f"vanishing_trace: trace_len_mean {text}"]} if step == 1 else {}
+            )
+            figures = {"eval_accuracy": 0.5, "eval_gain": step / steps, "trace_len_mean": 3.0}
+            log.write(json.dumps({"step": step} | figures | warnings) + "\n")
+            for held_out in (True, False):
+                logp, null_logp = group(3, 5, seed=step)
+                traces = [
+                    {"trace": f"{text} {k}", "trace_len": 4, "finished": True, "logp": logp[k]}
+                    for k in range(3)
+                ]
+                sample = {"step": step, "held_out": held_out, "question": text, "gold": text}
+                sample |= {"answer": [text] * 5, "null_logp": null_logp, "traces": traces}
+                samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    return folder
+
+
+def page_of(*runs: Path) -> str:
+    return report.make_page([report.read_run(run, report.SAMPLE_BYTES) for run in runs])
+
+
+# ---- the script computes what aggregate.py computes
+def in_node(groups: list[tuple[list, list]]) -> list[dict]:
+    """Every aggregator of aggregate.js on every group, as a list over groups of name -> figures."""
+    driver = """
+        const figures = (name, [logp, nullLogp]) => {
+          const { reward, weight } = aggregate(name, logp, nullLogp);
+          const of = (center, scale) => advantages(reward, weight, center, scale);
+          return { reward, weight, mean: of("mean", "std"), loo: of("loo", "none") };
+        };
+        const names = Object.keys(AGGREGATORS);
+        console.log(JSON.stringify(GROUPS.map((group) =>
+          Object.fromEntries(names.map((name) => [name, figures(name, group)])))));
+    """
+    script = (report.PARTS / "aggregate.js").read_text(
+        "utf-8"
+    ) + f"const GROUPS = {json.dumps(groups)};"
+    done = subprocess.run(
+        [NODE, "-"], input=script + driver, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not NODE, reason="needs node (Debian's nodejs) to run aggregate.js")
+def test_rewards_weights_and_advantages_of_the_page_are_those_of_aggregate_py():
+    equal = [[-0.5, -1.0, 0.0]] * 4
+    groups = [
+        group(8, 42),
+        group(2, 1, seed=1),
+        group(5, 300, seed=2, scale=9.0),  # products near 1e-600, sums of logs near -1350
+        (equal, [-0.7, 0.0, -3.0]),  # equal rewards, and a token that is certain without thinking
+        (group(3, 2)[0], [-300.0, -2.0]),  # 1 / n_i beyond its cap
+    ]
+    computed = in_node(groups)
+    assert set(computed[0]) == set(NAMES)
+    for (logp, null_logp), of_group in zip(groups, computed, strict=True):
+        logp = torch.tensor(logp, dtype=torch.float64)
+        null_logp = torch.tensor(null_logp, dtype=torch.float64)
+        for name, figures in of_group.items():
+            reward, weight = aggregate(name, logp, null_logp)
+            expected = {
+                "reward": reward,
+                "weight": weight,
+                "mean": advantages(reward, weight=weight),
+                "loo": advantages(reward, "loo", "none", weight=weight),
+            }
+            for key, value in expected.items():
+                found = torch.tensor(figures[key], dtype=torch.float64)
+                assert torch.allclose(found, value, rtol=1e-6, atol=1e-6), (name, key)
+
+
+# ---- the page in a browser
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium (Debian's package) to open the page")
+def test_in_a_browser_the_chooser_recomputes_the_numbers_and_a_hostile_trace_does_nothing(tmp_path):
+    page = page_of(write_run(tmp_path / "run", text=HOSTILE))
+    driver = """
+      <script>
+        const rows = () => Object.fromEntries([...document.querySelectorAll(".row")].map((row) =>
+          [row.dataset.k, row.querySelector(".advantage").textContent]));
+        const found = {};
+        for (const name of Object.keys(AGGREGATORS)) {
+          document.querySelector(`input[value=${name}]`).click();
+          found[name] = rows();
+        }
+        const text = document.querySelector("[data-k='0'] .trace");
+        document.title = JSON.stringify({ found, ran: window.ran ?? 0, text: text.textContent,
+          elements: text.children.length + document.images.length,
+          wide: document.documentElement.scrollWidth - innerWidth });
+      </script>
+    """
+    (tmp_path / "page.html").write_text(page + driver, encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    flags += ["--disable-background-networking", "--window-size=500,900", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, (tmp_path / "page.html").as_uri()], capture_output=True, text=True
+    )
+    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+
+    assert seen["ran"] == 0 and seen["elements"] == 0
+    assert seen["wide"] <= 0
+    assert "␛[31mred␛[0m ␇" in seen["text"] and "</script><script>" in seen["text"]
+    logp, null_logp = group(3, 5, seed=0)
+    logp = torch.tensor([*logp, null_logp], dtype=torch.float64)  # with the empty trace
+    for name in NAMES:
+        reward, weight = aggregate(name, logp, logp[3])
+        center = "none" if name == "jlb_multi" else "mean"
+        expected = advantages(reward, center, weight=weight).tolist()
+        for k, shown in seen["found"][name].items():
+            shown = shown.replace("\N{MINUS SIGN}", "-")
+            assert float(shown) == pytest.approx(expected[int(k)], abs=0.0051)
+
+
+def test_no_text_of_a_run_is_markup_in_the_page(tmp_path):
+    page = page_of(write_run(tmp_path / "run", text=HOSTILE))
+    plain = page_of(write_run(tmp_path / "other"))
+    assert page.count("<") == plain.count("<")
+    assert "\u2028" not in page and "\x1b" not in page
+
+
+def test_the_page_of_the_embedded_task_is_made_of_the_present_scripts():
+    page = (report.ROOT / "examples/hops/report.html").read_text("utf-8")
+    head, _, _ = (report.PARTS / "page.html").read_text("utf-8").partition("/* data */")
+    assert page.startswith(head) and len(page) < 1_000_000
+    for script in ("aggregate.js", "page.js"):
+        assert (report.PARTS / script).read_text("utf-8") in page
+
+
+# ---- what is read
+def test_a_long_run_is_thinned_but_keeps_its_ends_and_extremes(tmp_path):
+    run = report.read_run(write_run(tmp_path / "run", steps=1000), 60_000)
+    curve = run["curves"]["eval_gain"]
+    assert len(curve) <= report.POINTS
+    assert curve[0][2] == 0 and curve[-1][0] == 1000 and curve[-1][3] == 1
+    steps = [sample["step"] for sample in run["samples"] if sample["held_out"]]
+    assert steps[0] == 0 and steps[-1] == 1000 and 2 < len(steps) <= report.SAMPLES
+    assert len(json.dumps(run["samples"])) < 90_000
+
+
+def test_only_settings_that_differ_are_in_the_page(tmp_path):
+    one = write_run(tmp_path / "one", lr=0.1, model="/private/place")
+    two = write_run(tmp_path / "two", lr=0.2, model="/private/place")
+    page = page_of(one, two)
+    assert '"differ": ["lr"]' in page and "/private/place" not in page and str(tmp_path) not in page
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("log.jsonl", '{"step": 1}\n{"step": 2, "ga', "log.jsonl:2: half-written"),
+        ("log.jsonl", "epoch,loss\n", "log.jsonl:1: not JSON"),
+        ("log.jsonl", '{"epoch": 1}\n', "log.jsonl:1: no 'step'"),
+        ("log.jsonl", "", "log.jsonl: holds no lines"),
+        ("log.jsonl", None, "No such file"),
+        ("args.json", "[]\n", "args.json: no 'aggregator'"),
+        ("samples.jsonl", '{"step": 1, "traces": []}\n', "samples.jsonl:1: no 'held_out'"),
+        ("samples.jsonl", '{"step": 1, "held_out": true, "que', "samples.jsonl:1: half-written"),
+        (
+            "samples.jsonl",
+            '{"step": 1, "held_out": true, "question": "", "answer": ["a"], "null_logp": [0, 0], '
+            '"traces": []}\n',
+            "one log-prob for each token",
+        ),
+    ],
+)
+def test_a_half_written_or_foreign_log_is_refused_in_one_line(tmp_path, file, text, said):
+    run = write_run(tmp_path / "run")
+    (run / file).unlink()
+    if text is not None:
+        (run / file).write_text(text)
+    with pytest.raises(InputError, match=said):
+        report.read_run(run, report.SAMPLE_BYTES)
+
+
+def test_the_command_writes_the_page_and_refuses_with_exit_code_2(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run")
+    out = tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), "-o", str(out)])
+    report.main()
+    assert out.read_text("utf-8") == page_of(run)
+    os.truncate(run / "log.jsonl", 20)
+    out.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    assert stopped.value.code == 2 and not out.exists()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "half-written" in error
