@@ -75,7 +75,7 @@ from support.metrics import Clock, Log, question_figures, step_figures
 
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
 RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; looser above: unlikely tokens can gain (DAPO)
-FORWARD_TOKENS = 8192  # of traces, most in a training forward unless one trace is longer
+FORWARD_TOKENS = 8192  # of traces in one forward, at most, unless one trace is longer
 MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
 
@@ -130,7 +130,9 @@ def in_one_backward(args: Args) -> bool:
 
 def branches_per_forward(args: Args) -> int:
     """A function of the flags alone, so that all ranks run equally many forwards."""
-    return args.micro_traces or max(1, FORWARD_TOKENS // args.max_trace)
+    if not in_one_backward(args):
+        return args.micro_traces
+    return max(1, FORWARD_TOKENS // args.max_trace)
 
 
 def score_group(
@@ -157,7 +159,7 @@ def score_group(
 @torch.no_grad()
 def score_without_graph(
     view: Transformer, batch: list[tuple], marker: int, args: Args
-) -> list[Scores | None]:
+) -> list[Scores]:
     """For --micro-traces: advantages need all K rewards, and K graphs may not fit in memory."""
     return [
         score_group(view, example.prompt, example, traces, marker, args)

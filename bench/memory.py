@@ -1,6 +1,6 @@
 """Peak memory of a rank in the parts of a training step, as train.py runs on more processes.
 
-    python bench/memory.py                    1, 2 and 4 processes, a random model of 100M parameters
+    python bench/memory.py                    1, 2 and 4 processes, a random model of 100M, bf16
     python bench/memory.py --beside DIR       the train.py of another checkout as well, in turns
     --json: one JSON object as the last line
 
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, os.environ.get("MEASURED_TREE", str(ROOT)))
+sys.path.insert(0, os.environ.get("MEASURED_TREE") or str(Path(__file__).resolve().parents[1]))
 from bench import machine
 from model import Config, Transformer
 from support.errors import OneLineParser, exit_on_bad_input
 from support.weights import read_config, save_model
 
+ROOT = machine.ROOT
 PARTS = ("sample", "score", "update")
 SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14}
 SHAPE |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}

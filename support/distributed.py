@@ -1,29 +1,26 @@
 """More than one process, or bf16: FSDP2 shards the model; each rank has questions of its own.
 
-torchrun starts W processes of the same program ("ranks"). Sharded, always: each rank holds 1/W of
-the rows of every fp32 parameter, gradient and AdamW moment (DTensors). Whole, for a while:
+torchrun starts W processes of the same program ("ranks"). Each holds 1/W of the rows of every fp32
+parameter, gradient and AdamW moment (DTensors). Parameters are whole, in --dtype, only in
 
-    sampling, every pass without gradients   all parameters, in the gathered view
-    training forward and backward            one layer at a time (and the next one, prefetched),
-                                             embedding and head from a forward to its backward
+    passes without gradients        all of them, in the gathered view: a plain Transformer, so that
+    (sampling, evaluation, ...)     no hook and no collective runs per decoded token; then freed
+    a training forward, backward    a layer at a time; embedding and head from one to the other
 
-The gathered view is a plain Transformer on the gathered parameters: no hook and no collective per
-decoded token. It is freed before the training forward. Parameters are gathered in --dtype,
-gradients are summed in fp32. Collectives, in the order of a step:
+    collective      of what                             when
+    all-gather      all parameters, the gathered view   per sampling, scoring or evaluation
+    all-gather      one layer's parameters              per training forward and backward
+    reduce-scatter  one layer's gradients, fp32 sums    per training backward
+    all-reduce      the gradient norm                   per update
+    all-gather      figures for the log (objects)       per step
 
-    all-gather of all layers    the gathered view      once per sampling, scoring or evaluation
-    all-gather of a layer       its parameters         in every training forward and backward
-    reduce-scatter of a layer   its gradients, summed  in every training backward
-    all-reduce                  the gradient norm      once per update
-    all-gather of objects       figures for the log    once per step
+Hence all ranks run equally many training forwards and backwards: each has as many questions, K
+traces each, and branches are cut into forwards by their number, not their length (reward.py).
 
-So all ranks must run equally many training forwards and backwards: each has as many questions as
-the others, K traces per question, and branches are cut into forwards by their count (reward.py).
-
-Memory per rank for P parameters in bf16: 16 P/W bytes, and the larger of 2 P for the view and the
-training pass: two layers, embedding, head and activations. Where one backward runs through several
-forwards, their bf16 gradients wait for each other: up to 2 P more, 0 with --micro-traces. A single
-process in fp32 has none of this: a plain Transformer and no process group.
+Memory of a rank, P parameters, bf16: 16 P/W bytes; and either 2 P for the view, or two layers,
+embedding, head and activations. Forwards that share one backward hold their bf16 gradients until
+its end, up to 2 P more; with --micro-traces, or all branches in one forward, there are none. One
+process in fp32 does without all this: a plain Transformer, no process group.
 """
 
 import os
@@ -183,10 +180,7 @@ def all_shares(own: list[T]) -> list[T]:
 
 # ---- the sharded model
 def load(path: str | Path, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model in directory `path`; with a process group, each tensor split by rows over the ranks.
-
-    Each rank reads its own rows and no others.
-    """
+    """The model in directory `path`. In a process group each rank reads its own rows alone."""
     if not dist.is_initialized():
         return load_model(path, dtype, device)
     mesh = dist.init_device_mesh(device, (world_size(),))

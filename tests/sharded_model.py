@@ -1,4 +1,4 @@
-"""Checks of the sharded model, run by test_distributed.py under torchrun; every rank runs all of it.
+"""Checks of the sharded model. test_distributed.py runs them under torchrun, on every rank.
 
 Each rank trains on one question, as the loop of train.py does. The ranks' traces are as different
 as they can be: equal and short on one, of very different lengths on the other.
