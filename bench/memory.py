@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, os.environ.get("MEASURED_TREE") or str(Path(__file__).resolve().parents[1]))
 from bench import machine
 from model import Config, Transformer
-from support.errors import OneLineParser, exit_on_bad_input
+from support.errors import InputError, OneLineParser, exit_on_bad_input
 from support.weights import read_config, save_model
 
 ROOT = machine.ROOT
@@ -89,6 +89,11 @@ def main() -> None:
     parser.add_argument("--beside", help="another checkout")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     flags = parser.parse_args()
+    machine.check_least("--ranks", min(flags.ranks), 1)
+    if flags.beside and not (Path(flags.beside) / "train.py").exists():
+        raise InputError(f"--beside {flags.beside}: there is no train.py")
+    if not Path("/proc/self/clear_refs").exists():
+        raise InputError("memory.py reads /proc, which this system does not have")
     trees = {"ours": ROOT} | ({"beside": Path(flags.beside)} if flags.beside else {})
     result = machine.circumstances("cpu") | {"flags": FLAGS, "rows": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from bench import memory as bench_memory
 from bench import recipes
 from bench import sample as bench_sample
 from bench import step as bench_step
@@ -203,6 +204,8 @@ def test_what_a_decode_step_needs(tied):
         (bench_sample, ["--rows", "8", "0"], "--rows 0"),
         (bench_sample, ["--rows", "8", "8"], "--rows 8 8"),
         (bench_sample, ["--new", "1"], "--new 1"),
+        (bench_memory, ["--ranks", "2", "0"], "--ranks 0"),
+        (bench_memory, ["--beside", "nowhere"], "--beside nowhere"),
     ],
 )
 def test_bad_input_is_one_line(script, flags, says, monkeypatch, capsys):
