@@ -30,7 +30,7 @@ from model import Transformer
 from preflight import preflight_table, sample_group_scores
 from reward import score
 from sample import Trace, model_flags, open_model, sample_traces, think_and_answer, trace_ids
-from support.distributed import all_shares, copy_token_rows, mean_over_ranks, own_share
+from support.distributed import all_shares, copy_token_rows, gather_objects, own_share
 from support.errors import InputError, exit_on_bad_input
 
 FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "gain_half", "trace_len")
@@ -46,7 +46,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The figures over `examples`, at least one, `batch` of which are decoded together.
 
-    Each rank computes its share; all ranks must call and get the figures of all examples.
+    Each rank computes its share on a model that is whole; all ranks must call and get the figures
+    of all examples.
     """
     marker = tokenizer.marker_id
     own = own_share(range(len(examples)))  # indices
@@ -68,8 +69,8 @@ def evaluate(
         for name, gain in zip(("gain", "gain_shuffled", "gain_half"), gains.tolist(), strict=True):
             totals[name] += gain
         totals["trace_len"] += len(traces[i].ids)
-    means = {f"eval_{name}": total / max(1, len(mine)) for name, total in totals.items()}
-    return mean_over_ranks(means, len(mine))
+    shares = gather_objects(totals)  # of all ranks
+    return {f"eval_{name}": sum(s[name] for s in shares) / len(examples) for name in FIGURES}
 
 
 def greedy_traces(

@@ -7,9 +7,8 @@
 
 z_k is the trace without its marker, n_k tokens; m is the marker, sampled or forced. A branch feeds
 n_k + T tokens, and the prompt's last hidden state predicts its first token. Branches are rows of a
-batch that continues the prompt's KV cache; those of very different length run in batches of their
-own. Rows are padded on the right: causal attention hides the padding, and the head skips it. All
-log-probs are fp32 or wider.
+batch that continues the prompt's KV cache. Rows are padded on the right: causal attention hides the
+padding, and the head skips it. All log-probs are fp32 or wider.
 
 How this differs from the usual GRPO scoring:
   1. The prompt runs once, not K times. Values and gradients equal those of K full rows.
@@ -26,13 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Example
 from kernels.logprob import linear_logprob
 from model import Prefix, Transformer
 from sample import Prefill, Trace, prefill
-
-MAX_PADDING = 0.15  # a forward may waste this share of its tokens on padding
-SMALL_PADDING = 256  # or this many tokens, which cost less than one more forward
 
 
 @dataclass
@@ -68,7 +63,8 @@ def score(
     that does not end with the marker gets it forced. null: score the empty trace as well.
     temperature: of the sampling distribution; it applies to trace and marker, the answer is always
     scored at 1. entropy: compute it as well. micro_traces: most branches in a forward, 0 = any
-    number; it bounds the memory of a pass without grad, and no value depends on it.
+    number; no value depends on it. The number of forwards is a function of the number of branches
+    alone: ranks that shard a model must run equally many (support/distributed.py).
     """
     prompt = prompt if isinstance(prompt, Prefill) else prefill(model, [prompt])
     branches = [make_branch(trace, marker) for trace in traces]
@@ -76,17 +72,17 @@ def score(
         branches.append(Branch(body=(), actions=(), finished=False))
     width = max([1, *(len(branch.actions) for branch in branches)])  # Z
 
-    # Equal traces are scored once. Late in training many are equal, and their rewards must be equal
-    # to the last bit: a difference of rounding would be scaled up to an advantage.
-    distinct = list(dict.fromkeys(branches))
     order, parts = [], []
-    lengths = [len(branch.body) + len(answer) for branch in distinct]
+    lengths = [len(branch.body) + len(answer) for branch in branches]
     for indices in micro_batches(lengths, micro_traces):
-        batch = [distinct[i] for i in indices]
+        batch = [branches[i] for i in indices]
         order += batch
         parts.append(
             score_branches(model, prompt, batch, answer, marker, temperature, entropy, width)
         )
+    # Equal traces take the scores of the same row. Late in training many are equal, and their
+    # rewards must be equal to the last bit: a difference of rounding would be scaled up to an
+    # advantage.
     row_of = {branch: i for i, branch in enumerate(order)}
     device = prompt.hidden.device
     rows = torch.tensor([row_of[branch] for branch in branches], device=device)
@@ -146,12 +142,13 @@ def score_branches(
 
     -> log-probs of actions [B, Z], markers [B], answers [B, T]; the actions' entropies [B, Z].
     """
-    device, head = prompt.hidden.device, model.lm_head.weight
+    device = prompt.hidden.device
     fed = [[*branch.body, marker, *answer[:-1]] for branch in branches]
     tokens = pad(fed, max(len(row) for row in fed), device)  # [B, L]
     first = prompt.hidden.expand(len(branches), 1, -1)  # predicts every branch's first token
     hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
     # hidden[b, j] predicts the token that follows the first j tokens of branch b.
+    head = model.lm_head.weight  # read after the forward: of a sharded model it is whole only now
 
     # Policy tokens: all actions of all branches (N in total), then the B markers.
     actions = pad([branch.actions for branch in branches], width, device)  # [B, Z]
@@ -186,42 +183,13 @@ def pad(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tens
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of branches, cut into batches of at most `size` (0: any number), longest first.
+    """Indices of branches, the longest first, cut into batches of `size` (0: one batch).
 
-    Neighbours in length share a batch. A batch also ends where one more branch would bring its
-    padding above MAX_PADDING of its tokens and above SMALL_PADDING tokens.
+    Neighbours in length share a batch, which keeps padding low.
     """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and len(batches[-1]) != size:
-            batch = [*batches[-1], i]
-            fed = len(batch) * lengths[batch[0]]  # tokens, padding included
-            padding = fed - sum(lengths[j] for j in batch)
-            if padding <= max(MAX_PADDING * fed, SMALL_PADDING):
-                batches[-1] = batch
-                continue
-        batches.append([i])
-    return batches
-
-
-class FrozenNull:
-    """null_logp of an example under the parameters the run started from (--null frozen).
-
-    Computed once per example and kept.
-    """
-
-    def __init__(self, initial: Transformer, marker: int) -> None:
-        self.initial = initial
-        self.marker = marker
-        self.known: dict[int, Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, example: Example) -> Tensor:
-        """-> null_logp [T]"""
-        if example.index not in self.known:
-            scores = score(self.initial, example.prompt, [], example.answer, self.marker)
-            self.known[example.index] = scores.null_logp
-        return self.known[example.index]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    size = size or len(lengths)
+    return [longest_first[i : i + size] for i in range(0, len(lengths), size)]
 
 
 # ---- the backward pass of a prompt whose branches ran in micro-batches

@@ -41,7 +41,7 @@ The flags are described in support/args.py.
 
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +53,6 @@ from data import Example, Pairs, Tokenizer, next_examples, stream_seed
 from evaluate import evaluate
 from model import Config, Transformer
 from reward import (
-    FrozenNull,
     Scores,
     log_ratio,
     micro_batches,
@@ -73,22 +72,21 @@ from support.checkpoint import (
 )
 from support.errors import TrainingError, exit_on_bad_input
 from support.metrics import Clock, Log, question_figures, step_figures
-from support.weights import load_model
 
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
 RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; looser above: unlikely tokens can gain (DAPO)
+FORWARD_TOKENS = 8192  # of traces in one forward, at most, unless one trace is longer
 MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
 
 
 # ---- before the loop
-def initial_model(args: Args, tokenizer: Tokenizer, sharded: bool = True) -> Transformer:
-    """The fp32 parameters the run starts from.
+def initial_model(args: Args, tokenizer: Tokenizer, dtype: torch.dtype) -> Transformer:
+    """The parameters the run starts from.
 
     A marker whose embedding was never trained starts as a copy of eos (paper, section 4).
     """
-    load = distributed.load_sharded if sharded else load_model
-    model = load(args.model, device=args.device)
+    model = distributed.load(args.model, args.device, dtype)
     if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
         distributed.copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
     return model
@@ -130,31 +128,49 @@ def in_one_backward(args: Args) -> bool:
     return args.micro_traces == 0 or args.micro_traces >= args.traces
 
 
+def branches_per_forward(args: Args) -> int:
+    """A function of the flags alone, so that all ranks run equally many forwards."""
+    if not in_one_backward(args):
+        return args.micro_traces
+    return max(1, FORWARD_TOKENS // args.max_trace)
+
+
 def score_group(
     policy: Transformer,
-    prompt: Prefill,
+    prompt: Prefill | list[int],
     example: Example,
     traces: list[Trace],
     marker: int,
     args: Args,
 ) -> Scores:
-    """Scores of all K traces, with the graph that the loss is differentiated through.
+    """Scores of all K traces: log-probs of trace, marker, answer and of the null think's answer."""
+    return score(
+        policy,
+        prompt,
+        traces,
+        example.answer,
+        marker,
+        temperature=args.temperature,
+        entropy=True,
+        micro_traces=branches_per_forward(args),
+    )
 
-    With --micro-traces without a graph: advantages need all K rewards first, and the graphs of K
-    traces may not fit in memory (backward_in_micro_batches).
-    """
-    at_once = in_one_backward(args)
-    with torch.set_grad_enabled(at_once):
-        return score(
-            policy,
-            prompt,
-            traces,
-            example.answer,
-            marker,
-            temperature=args.temperature,
-            entropy=True,
-            micro_traces=0 if at_once else args.micro_traces,
-        )
+
+@torch.no_grad()
+def score_without_graph(
+    view: Transformer, batch: list[tuple], marker: int, args: Args
+) -> list[Scores]:
+    """For --micro-traces: advantages need all K rewards, and K graphs may not fit in memory."""
+    return [
+        score_group(view, example.prompt, example, traces, marker, args)
+        for example, traces, _ in batch
+    ]
+
+
+@torch.no_grad()
+def frozen_null_logp(view: Transformer, questions: list[Example], marker: int) -> list[Tensor]:
+    """null_logp [T] of each question under the parameters the run started from (--null frozen)."""
+    return [score(view, q.prompt, [], q.answer, marker).null_logp for q in questions]
 
 
 def rewards(answer_logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -185,27 +201,36 @@ def answer_weights(weight: Tensor, args: Args) -> Tensor:
 
 
 @torch.no_grad()
-def log_held_out(
-    log: Log,
-    policy: Transformer,
+def held_out_figures(
+    model: Transformer,
+    initial: Transformer | None,
     tokenizer: Tokenizer,
-    example: Example,
+    held_out: list[Example],
     step: int,
-    frozen_null: FrozenNull | None,
+    log: Log,
     args: Args,
-) -> None:
-    """Logs K traces of a held-out question, scored as in training: how its traces change."""
-    (traces,) = sample_groups(policy, tokenizer, [example], step, args)
-    marker, micro = tokenizer.marker_id, args.micro_traces
-    scores = score(policy, example.prompt, traces, example.answer, marker, micro_traces=micro)
-    # index -1: FrozenNull keeps its values by the row number of the training data.
-    null_logp = frozen_null(replace(example, index=-1)) if frozen_null else scores.null_logp
+) -> dict[str, float]:
+    """The figures of evaluate.py. Logs K traces of the first held-out question, scored as in
+    training, too: they show how the traces of one question change.
+    """
+    example, marker = held_out[0], tokenizer.marker_id
+    with distributed.gathered_view(model) as view:
+        figures = evaluate(view, tokenizer, held_out, args.max_trace)
+        (traces,) = sample_groups(view, tokenizer, [example], step, args)
+        scores = score(
+            view, example.prompt, traces, example.answer, marker, micro_traces=args.micro_traces
+        )
+    null_logp = scores.null_logp
+    if initial is not None:
+        with distributed.gathered_view(initial) as view:
+            (null_logp,) = frozen_null_logp(view, [example], marker)
     torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in the loop
     reward, weight = rewards(scores.answer_logp, null_logp, args)
     advantage = group_advantages(reward, weight, args)
     log.samples(
         step, tokenizer, example, traces, scores, null_logp, reward, advantage, held_out=True
     )
+    return figures
 
 
 # ---- loss and backward
@@ -252,8 +277,8 @@ def truncated_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def backward_in_micro_batches(
-    policy: Transformer,
-    prompt: Prefill,
+    model: Transformer,
+    leaves: Prefill,
     example: Example,
     traces: list[Trace],
     marker: int,
@@ -263,10 +288,8 @@ def backward_in_micro_batches(
 ) -> None:
     """The gradient of all K traces, --micro-traces at a time.
 
-    Each micro-batch is scored again with its graph; its backward stops at the prompt's tensors as
-    leaves. At the end the prompt runs its own backward once.
+    Each micro-batch is scored again with its graph; its backward stops at the prompt's leaves.
     """
-    leaves = prompt_leaves(prompt)
     lengths = [len(trace.ids) + len(example.answer) for trace in traces]
     batches = micro_batches(lengths, args.micro_traces)
     if args.null_loss > 0:
@@ -274,7 +297,7 @@ def backward_in_micro_batches(
     for rows in batches:
         part = [traces[i] for i in rows]
         scores = score(
-            policy,
+            model,
             leaves,
             part,
             example.answer,
@@ -283,7 +306,6 @@ def backward_in_micro_batches(
             temperature=args.temperature,
         )
         loss_terms(scores, part, advantage[rows], omega[rows], args).sum().backward()
-    prompt_backward(prompt, leaves)
 
 
 # ---- update
@@ -300,23 +322,20 @@ def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
 
 def update(
     model: Transformer,
-    policy: Transformer,
     optimizer: torch.optim.Optimizer,
     lr: float,
     grad_clip: float,
 ) -> float:
-    """One AdamW update from all ranks' gradients -> the gradient norm before clipping.
+    """One AdamW update -> the gradient norm before clipping, over all ranks.
 
     An update whose norm is not finite is not applied.
     """
-    distributed.reduce_gradients(model, policy)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = distributed.whole(norm).item()
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        distributed.refresh(model, policy)
     optimizer.zero_grad()
     return norm
 
@@ -324,7 +343,8 @@ def update(
 # ---- the loop
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
-    distributed.start(args.device)
+    dtype = getattr(torch, args.dtype)
+    distributed.start(args.device, dtype)
     if distributed.any_restarted():  # torchrun --max-restarts: continue the same run
         args.resume, args.overwrite = True, False
     out = Path(args.out)
@@ -335,19 +355,17 @@ def train(args: Args) -> None:
     held_out = Pairs(args.eval_data, tokenizer) if args.eval_data else []
     held_out = [held_out[i] for i in range(min(args.eval_questions, len(held_out)))]
 
-    # model: fp32, sharded over the ranks, updated by AdamW. policy: whole, in --dtype; it samples,
-    # scores and collects gradients. In a single fp32 process both are the same object.
+    # Passes with gradients run on `model`, all others on a gathered view of it. In a single fp32
+    # process both are a plain Transformer.
     if checkpoint:
-        model = distributed.load_sharded(checkpoint, args.device)
+        model = distributed.load(checkpoint, args.device)
     else:
-        model = initial_model(args, tokenizer)
-    dtype = getattr(torch, args.dtype)
-    policy = distributed.gathered_view(model, dtype)
-    policy.activation_checkpointing = args.activation_checkpointing
-    frozen_null = None
+        model = initial_model(args, tokenizer, torch.float32)
+    model = distributed.shard(model, dtype)
+    model.activation_checkpointing = args.activation_checkpointing
+    initial = None
     if args.null == "frozen":
-        initial = initial_model(args, tokenizer, sharded=False)
-        frozen_null = FrozenNull(initial.to(dtype), marker)
+        initial = distributed.shard(initial_model(args, tokenizer, dtype), dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if args.device == "cpu" and parameters < SMALL_MODEL:
         torch.set_num_threads(1)
@@ -362,8 +380,8 @@ def train(args: Args) -> None:
     size = f"{parameters / 1e6:.1f}M parameters"
     log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n")
     if step == 0 and held_out:
-        log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
-        log_held_out(log, policy, tokenizer, held_out[0], 0, frozen_null, args)
+        figures = held_out_figures(model, initial, tokenizer, held_out, 0, log, args)
+        log.write({"step": 0} | figures)
 
     bad_updates = 0
     while step < args.steps:
@@ -374,15 +392,28 @@ def train(args: Args) -> None:
             pairs, position, args.questions, args.seed, row_fits
         )
         own = distributed.own_questions(examples, args.updates)  # this rank's
-        groups = sample_groups(policy, tokenizer, own, step, args)  # K traces each
+        with distributed.gathered_view(model) as view:
+            groups = sample_groups(view, tokenizer, own, step, args)  # K traces each
         clock.lap("sample")
+        frozen = [None] * len(own)
+        if initial is not None:
+            with distributed.gathered_view(initial) as view:
+                frozen = frozen_null_logp(view, own, marker)
 
         figures, norms = [], []
-        for batch in distributed.equal_parts(list(zip(own, groups, strict=True)), args.updates):
-            for example, traces in batch:
-                prompt = prefill(policy, [example.prompt])
-                scores = score_group(policy, prompt, example, traces, marker, args)
-                null_logp = frozen_null(example) if frozen_null else scores.null_logp.detach()
+        work = list(zip(own, groups, frozen, strict=True))
+        for batch in distributed.equal_parts(work, args.updates):
+            known = [None] * len(batch)
+            if not in_one_backward(args):
+                with distributed.gathered_view(model) as view:
+                    known = score_without_graph(view, batch, marker, args)
+            for (example, traces, null_logp), scores in zip(batch, known, strict=True):
+                prompt = prefill(model, [example.prompt])
+                leaves = prompt_leaves(prompt)
+                if scores is None:
+                    scores = score_group(model, leaves, example, traces, marker, args)
+                if null_logp is None:
+                    null_logp = scores.null_logp.detach()
                 # An aggregator may draw random numbers (exact_match): same ones in every run.
                 torch.manual_seed(stream_seed(args.seed, step, example.index))
                 reward, weight = rewards(scores.answer_logp.detach(), null_logp, args)
@@ -399,15 +430,16 @@ def train(args: Args) -> None:
                     losses.sum().backward()
                 else:
                     backward_in_micro_batches(
-                        policy, prompt, example, traces, marker, advantage, omega, args
+                        model, leaves, example, traces, marker, advantage, omega, args
                     )
+                prompt_backward(prompt, leaves)
                 clock.lap("update")
                 figures.append(
                     question_figures(
                         scores, traces, RATIO_RANGE, reward, advantage, null_logp, losses
                     )
                 )
-            norms.append(update(model, policy, optimizer, lr, args.grad_clip))
+            norms.append(update(model, optimizer, lr, args.grad_clip))
             bad_updates = 0 if math.isfinite(norms[-1]) else bad_updates + 1
             clock.lap("update")
 
@@ -415,8 +447,7 @@ def train(args: Args) -> None:
         record = {"step": step} | step_figures(figures, norms) | clock.figures(figures)
         record |= {"lr": lr, "skipped_long": skipped}
         if held_out and (step % args.eval_every == 0 or step == args.steps):
-            record |= evaluate(policy, tokenizer, held_out, args.max_trace)
-            log_held_out(log, policy, tokenizer, held_out[0], step, frozen_null, args)
+            record |= held_out_figures(model, initial, tokenizer, held_out, step, log, args)
         log.write(record)
         if bad_updates >= MAX_BAD_UPDATES:
             raise TrainingError(

@@ -16,7 +16,8 @@ brackets for K = 8, P = 96, n = 64, T = 48:
 
 Ours prefills a prompt once and copies its KV cache; the others prefill it in each of the K rows.
 The others hold fp32 logits [K, n + 1 + T, V], ours none; ours alone computes the entropy. All have
-fp32 parameters, gradients and AdamW moments, and a copy in --dtype that samples and trains.
+fp32 parameters, gradients and AdamW moments. In bf16 our model, which ours and dense train, is that
+of train.py (support/distributed.py); the library's has a bf16 copy that samples and trains.
 """
 
 import argparse
@@ -32,9 +33,11 @@ import train
 from aggregate import advantages, aggregate
 from bench.machine import Laps, random_ids
 from data import Example, stream_seed
+from reward import prompt_backward, prompt_leaves
 from sample import Trace, prefill, sample_traces
+from support import distributed
 from support.args import Args
-from support.distributed import add_to_main_grad, gathered_view
+from support.distributed import gathered_view
 from support.errors import TrainingError
 from support.weights import file_name, load_model
 
@@ -82,9 +85,9 @@ def unfinished(groups: list[list[Trace]], args: Args) -> list[list[Trace]]:
 
 # ---- what a step trains ----
 class Learner:
-    """model: fp32 parameters and AdamW's moments. policy: the copy in --dtype that computes.
+    """model: fp32 parameters and AdamW's moments. policy: the module that computes in --dtype.
 
-    In float32 both are the same object.
+    Both are the same object but for the library's model in bf16.
     """
 
     def __init__(self, model: nn.Module, policy: nn.Module, args: Args) -> None:
@@ -98,24 +101,41 @@ class Learner:
 
 
 def load_native(args: Args) -> Learner:
-    model = load_model(args.model, device=args.device)
-    return Learner(model, gathered_view(model, getattr(torch, args.dtype)), args)
+    dtype = getattr(torch, args.dtype)
+    distributed.start(args.device, dtype)
+    model = distributed.shard(distributed.load(args.model, args.device), dtype)
+    return Learner(model, model, args)
 
 
 def load_transformers(args: Args) -> Learner:
-    """The library's model and its copy in --dtype, which sums gradients in fp32 as ours does."""
+    """The library's model and its copy in --dtype."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="sdpa")
     model = load(args.model, dtype=torch.float32).to(args.device)
-    policy = model
-    if args.dtype != "float32":
-        policy = load(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
-        for parameter in policy.parameters():
-            parameter.main_grad = None
-            parameter.register_post_accumulate_grad_hook(add_to_main_grad)
-    return Learner(model, policy, args)
+    if args.dtype == "float32":
+        return Learner(model, model, args)
+    policy = load(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    learner = Learner(model, policy, args)
+    pairs = list(zip(model.parameters(), policy.parameters(), strict=True))
+    for parameter, low in pairs:
+        low.register_post_accumulate_grad_hook(partial(add_in_fp32, parameter))
+
+    @torch.no_grad()
+    def copy_parameters(*_: object) -> None:
+        for parameter, low in pairs:
+            low.copy_(parameter)
+
+    learner.optimizer.register_step_post_hook(copy_parameters)
+    return learner
+
+
+def add_in_fp32(parameter: Tensor, low: Tensor) -> None:
+    """A gradient of the copy is added to that of the fp32 parameter."""
+    gradient = low.grad.float()
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    low.grad = None
 
 
 # ---- ours ----
@@ -123,7 +143,8 @@ def sample_ours(policy: nn.Module, work: Work) -> list[list[Trace]]:
     args = work.args
     prompts = [example.prompt for example in work.examples]
     seeds = [stream_seed(args.seed, example.index) for example in work.examples]
-    return sample_traces(policy, prompts, args.traces, args.max_trace, 1.0, seed=seeds)
+    with gathered_view(policy) as view:
+        return sample_traces(view, prompts, args.traces, args.max_trace, 1.0, seed=seeds)
 
 
 def gradient_ours(policy: nn.Module, work: Work, groups: list[list[Trace]], laps: Laps) -> None:
@@ -131,13 +152,15 @@ def gradient_ours(policy: nn.Module, work: Work, groups: list[list[Trace]], laps
     policy.activation_checkpointing = args.activation_checkpointing
     for example, traces in zip(work.examples, groups, strict=True):
         prompt = prefill(policy, [example.prompt])
-        scores = train.score_group(policy, prompt, example, traces, MARKER, args)
+        leaves = prompt_leaves(prompt)
+        scores = train.score_group(policy, leaves, example, traces, MARKER, args)
         answer_logp = scores.answer_logp.detach()
         reward, weight = train.rewards(answer_logp, scores.null_logp.detach(), args)
         advantage = train.group_advantages(reward, weight, args)
         omega = train.answer_weights(weight, args)
         laps.lap("score")
         train.loss_terms(scores, traces, advantage, omega, args).sum().backward()
+        prompt_backward(prompt, leaves)
         laps.lap("update")
     policy.activation_checkpointing = "none"  # dense computes with the same model
 
@@ -156,7 +179,8 @@ def sample_dense(policy: nn.Module, work: Work) -> list[list[Trace]]:
     args = work.args
     prompts = repeated_prompts(work)
     seeds = [stream_seed(args.seed, row) for row in range(len(prompts))]
-    rows = sample_traces(policy, prompts, 1, args.max_trace, 1.0, seed=seeds)
+    with gathered_view(policy) as view:
+        rows = sample_traces(view, prompts, 1, args.max_trace, 1.0, seed=seeds)
     return in_groups([row[0] for row in rows], args.traces)
 
 
@@ -211,10 +235,10 @@ def gradient_repeated(
     for example, traces in zip(work.examples, groups, strict=True):
         rows.append([[*example.prompt, *trace.ids, MARKER, *example.answer] for trace in traces])
         null_rows.append([[*example.prompt, MARKER, *example.answer]] * args.traces)
-    with torch.no_grad():
-        old_logp = [row_logp(logits, policy, group, count) for group in rows]
+    with torch.no_grad(), gathered_view(policy) as view:
+        old_logp = [row_logp(logits, view, group, count) for group in rows]
         laps.lap("old_logp")
-        null_logp = [row_logp(logits, policy, group, width)[0] for group in null_rows]
+        null_logp = [row_logp(logits, view, group, width)[0] for group in null_rows]
         laps.lap("null")
     for group, old, null in zip(rows, old_logp, null_logp, strict=True):
         reward, _ = aggregate(args.aggregator, old[:, -width:], null)
@@ -268,10 +292,12 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def gradient_differences(learners: dict[str, Learner], work: Work) -> dict[str, float]:
     """Every peer's gradient beside ours: one question, the same traces, fp32 parameters."""
     one = replace(work, examples=work.examples[:1])
-    groups = unfinished(sample_ours(learners["ours"].policy, one), one.args)
-    ours = gradients("ours", learners["ours"].model, one, groups)
+    native = load_model(work.args.model, device=work.args.device)  # fp32, plain
+    groups = unfinished(sample_ours(native, one), one.args)
+    ours = gradients("ours", native, one, groups)
     found = {}
     for name, learner in learners.items():
         if name != "ours":
-            found[name] = difference(gradients(name, learner.model, one, groups), ours)
+            model = native if name == "dense" else learner.model
+            found[name] = difference(gradients(name, model, one, groups), ours)
     return found

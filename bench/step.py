@@ -74,7 +74,7 @@ def step(name: str, learner: Learner, work: Work) -> dict[str, float]:
     groups = contender.sample(learner.policy, work)
     laps.lap("sample")
     contender.gradient(learner.policy, work, unfinished(groups, args), laps)
-    norm = update(learner.model, learner.policy, learner.optimizer, args.lr, args.grad_clip)
+    norm = update(learner.model, learner.optimizer, args.lr, args.grad_clip)
     laps.lap("update")
     if not math.isfinite(norm):
         raise TrainingError(f"{name}: the gradient norm is {norm}, so no update was timed")

@@ -107,7 +107,7 @@ class Args:
     # memory and device
     dtype: str = arg(
         "float32",
-        "of the computation; parameters, gradient sums and optimizer stay fp32",
+        "of the computation; parameters, gradients and optimizer stay fp32",
         ["float32", "bfloat16"],
     )
     device: str = arg("auto", "auto = cuda if there is one, else cpu")

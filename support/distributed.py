@@ -1,32 +1,40 @@
-"""More than one process: each rank's questions, sharded parameters, the gathered view.
+"""More than one process, or bf16: FSDP2 shards the model; each rank has questions of its own.
 
-torchrun starts W processes of the same program ("ranks"). Each rank holds 1/W of the fp32
-parameters, gradients and AdamW moments (rows of every tensor, as DTensors), and the gathered view:
-a plain Transformer with the whole parameters in the dtype of --dtype, which samples and trains.
+torchrun starts W processes of the same program ("ranks"). Each holds 1/W of the rows of every fp32
+parameter, gradient and AdamW moment (DTensors). Parameters are whole, in --dtype, only in
 
-    refresh            the sharded parameters -> the gathered view        once per update
-    ...                sampling, scoring, backward on own questions       no communication
-    reduce_gradients   the views' gradients, summed over the ranks        once per update
-                       -> the gradients of the sharded parameters
+    passes without gradients        all of them, in the gathered view: a plain Transformer, so that
+    (sampling, evaluation, ...)     no hook and no collective runs per decoded token; then freed
+    a training forward, backward    a layer at a time; embedding and head from one to the other
 
-FSDP2 (`fully_shard`) is not used: its hooks around every layer would run at every decoded token.
-Memory per rank for P parameters: 16 P/W bytes of parameters, gradients and moments, 2 P for
-the view in bf16 (4 P in fp32), 4 P for its fp32 gradient sums. One process in bf16 uses the same
-functions: its fp32 parameters keep updates as small as 2e-6, which bf16 would round away.
+    collective      of what                             when
+    all-gather      all parameters, the gathered view   per sampling, scoring or evaluation
+    all-gather      one layer's parameters              per training forward and backward
+    reduce-scatter  one layer's gradients, fp32 sums    per training backward
+    all-reduce      the gradient norm                   per update
+    all-gather      figures for the log (objects)       per step
+
+Hence all ranks run equally many training forwards and backwards: each has as many questions, K
+traces each, and branches are cut into forwards by their number, not their length (reward.py).
+
+Memory of a rank, P parameters, bf16: 16 P/W bytes; and either 2 P for the view, or two layers,
+embedding, head and activations. Forwards that share one backward hold their bf16 gradients until
+its end, up to 2 P more; with --micro-traces, or all branches in one forward, there are none. One
+process in fp32 does without all this: a plain Transformer, no process group.
 """
 
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from model import Transformer
 from support.errors import InputError
@@ -49,9 +57,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def start(device: str) -> None:
-    """Joins the process group of all ranks; nothing to do for a process started alone."""
+def start(device: str, dtype: torch.dtype) -> None:
+    """Joins the process group of all ranks. A process started alone needs one in bf16 only."""
     if not launched():
+        if dtype != torch.float32 and not dist.is_initialized():
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         return
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
@@ -81,27 +91,27 @@ def rendezvous_store() -> dist.Store:
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def restarted() -> bool:
-    """Whether torchrun restarted this process. Machines count apart and may not agree."""
-    return launched() and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-
-
 def any_restarted() -> bool:
-    """Whether torchrun restarted any rank: the run is to be continued. All ranks must call."""
-    return any(gather_objects(restarted()))
+    """Whether torchrun restarted any rank, so that the run is to be continued. All ranks must call.
+
+    Machines count their restarts apart and may not agree.
+    """
+    return any(gather_objects(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
 
 
 def stop() -> None:
-    """Ends this process of several, once everything is written.
+    """Leaves the process group; ends this process if it is one of several.
 
     Without destructors: the process group's threads may still run when theirs are called, which has
     been seen to abort a run that had finished.
     """
-    if dist.is_initialized():
+    if launched():
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- communication of small things; all ranks must call
@@ -168,41 +178,24 @@ def all_shares(own: list[T]) -> list[T]:
     return [shares[i % len(shares)][i // len(shares)] for i in range(count)]
 
 
-def mean_over_ranks(figures: dict[str, float], count: int) -> dict[str, float]:
-    """The means over all ranks' items, from every rank's means over its own `count` items."""
-    parts = [part for part in gather_objects((count, figures)) if part[0]]
-    total = sum(count for count, _ in parts)
-    names = parts[0][1]
-    return {name: sum(count * means[name] for count, means in parts) / total for name in names}
-
-
-# ---- sharded parameters
-def load_sharded(path: str | Path, device: str) -> Transformer:
-    """The fp32 model in directory `path`, its tensors split by rows over the ranks.
-
-    Each rank reads its own rows and no others. A process started alone gets a plain model.
-    """
-    if not launched():
-        return load_model(path, device=device)
+# ---- the sharded model
+def load(path: str | Path, device: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model in directory `path`. In a process group each rank reads its own rows alone."""
+    if not dist.is_initialized():
+        return load_model(path, dtype, device)
     mesh = dist.init_device_mesh(device, (world_size(),))
     model = empty_model(read_config(path))
-    state = read_tensors(path, model, torch.float32, device, partial(own_rows, mesh))
+    state = read_tensors(path, model, dtype, device, own_rows)
     for name, parameter in model.named_parameters():
-        state[name] = DTensor.from_local(
-            state[name],
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        shape, stride = parameter.shape, parameter.stride()
+        state[name] = DTensor.from_local(state[name], mesh, [Shard(0)], shape=shape, stride=stride)
     return assign(model, state)
 
 
-def own_rows(mesh: DeviceMesh, rows: int) -> slice:
+def own_rows(rows: int) -> slice:
     """This rank's rows of a tensor, as torch.chunk splits: the last ranks may hold fewer."""
-    size = -(-rows // mesh.size())
-    first = min(rows, size * mesh.get_local_rank())
+    size = -(-rows // world_size())
+    first = min(rows, size * rank())
     return slice(first, min(rows, first + size))
 
 
@@ -215,7 +208,7 @@ def copy_token_rows(model: Transformer, token: int, source: int) -> None:
     """Gives `token` the embedding and output row of `source`; the vocabulary grows if it must.
 
     This is how a new marker token starts: as a copy of eos (paper, section 4). Tied or untied
-    heads, sharded or not.
+    heads; a sharded model as `load` makes it, before `shard`.
     """
     tied = model.config.tie_word_embeddings
     for table in [model.embed_tokens] if tied else [model.embed_tokens, model.lm_head]:
@@ -233,51 +226,38 @@ def copy_token_rows(model: Transformer, token: int, source: int) -> None:
     model.config.vocab_size = len(model.embed_tokens.weight)
 
 
-# ---- the gathered view
-def gathered_view(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The whole parameters in `dtype`, as a model that samples, scores and collects gradients.
+def shard(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model that trains: FSDP2 on the sharded parameters of `model`; computes in `dtype`.
 
-    `model` itself where it is that already: one process in fp32.
+    Each layer is a unit that is gathered and freed by itself. Embedding, final norm and head belong
+    to the root: the head is used outside of a forward. A model without shards is returned as it is.
     """
-    if dtype == torch.float32 and not isinstance(model.lm_head.weight, DTensor):
+    if not isinstance(model.lm_head.weight, DTensor):
         return model
-    state = {}
-    for name, parameter in model.named_parameters():
-        state[name] = whole(parameter.detach()).to(dtype, copy=True)
-    view = assign(empty_model(model.config), state)
-    for parameter in view.parameters():
-        parameter.main_grad = None
-        parameter.register_post_accumulate_grad_hook(add_to_main_grad)
-    return view
+    mesh = model.lm_head.weight.device_mesh
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    sharded = empty_model(model.config)
+    for unit in (*sharded.layers, sharded):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        # Sums over the ranks, not means: the loss is divided by the questions of all ranks.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return assign(sharded, dict(model.named_parameters()))
 
 
-def add_to_main_grad(parameter: Tensor) -> None:
-    """Gradients of the questions add up in fp32: in bf16 the later ones would be rounded away."""
-    if parameter.main_grad is None:
-        parameter.main_grad = parameter.grad.float()
-    else:
-        parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
+@contextmanager
+def gathered_view(model: Transformer) -> Iterator[Transformer]:
+    """The whole parameters as a plain Transformer, for passes without gradients; freed at the end.
 
-
-@torch.no_grad()
-def refresh(model: Transformer, view: Transformer) -> None:
-    """After an update: the view takes the new parameters."""
-    if view is not model:
-        for parameter, low in zip(model.parameters(), view.parameters(), strict=True):
-            low.copy_(whole(parameter.to(low.dtype)))
-
-
-def reduce_gradients(model: Transformer, view: Transformer) -> None:
-    """The views' gradients, summed over the ranks, become those of the fp32 parameters."""
-    if view is model:
+    `model` itself where it is whole. All ranks must enter; inside they run independently.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units:
+        yield model
         return
-    for parameter, low in zip(model.parameters(), view.parameters(), strict=True):
-        gradient, low.main_grad = low.main_grad, None
-        if isinstance(parameter, DTensor):
-            if gradient is None:  # every rank takes part in the sum
-                gradient = torch.zeros_like(low, dtype=torch.float32)
-            mesh = parameter.device_mesh
-            gradient = DTensor.from_local(gradient, mesh, [Partial()], run_check=False)
-            gradient = gradient.redistribute(placements=[Shard(0)])
-        parameter.grad = gradient
+    for unit in units:
+        unit.unshard()
+    view = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    yield assign(empty_model(model.config), view)
+    for unit in units:
+        unit.reshard()

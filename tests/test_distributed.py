@@ -1,6 +1,5 @@
 """More processes change only the speed: same traces, losses, weights, after kills as well."""
 
-import itertools
 import json
 import os
 import random
@@ -8,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from support import distributed
 from support.args import parse_args
 from support.distributed import (
     equal_parts,
-    gathered_view,
     in_batch_order,
     own_questions,
     own_rows,
@@ -116,17 +113,21 @@ def alone(tmp_path_factory) -> Path:
     return out
 
 
+SMOOTH = ["--scale=none", "--lr=1e-4"]
+
+
 # ---- one is two
 @pytest.mark.parametrize(
     ("count", "flags"),
     [
         (2, []),
-        (2, ["--micro-traces=2", "--updates=2", "--activation-checkpointing=selective"]),
-        (2, ["--traces=0"]),
+        (2, ["--steps=3", "--micro-traces=2", "--updates=2"]),
+        (2, ["--steps=3", "--traces=0"]),
+        (4, ["--steps=3", "--dtype=bfloat16", "--activation-checkpointing=selective"]),
         # 3 divides neither rows nor vocabulary, which grows by the marker. After a new marker
         # all rewards are nearly equal: dividing by their std, and a high learning rate, would
         # magnify the rounding of sums in another order.
-        (3, ["--questions=6", "--marker=<|think|>", "--null=frozen", "--scale=none", "--lr=1e-4"]),
+        (3, ["--steps=3", "--questions=6", "--marker=<|think|>", "--null=frozen", *SMOOTH]),
     ],
     ids=str,
 )
@@ -137,6 +138,20 @@ def test_more_processes_train_the_same_model_on_the_same_traces(count, flags, al
         finish(start(single, *flags))
     finish(start(tmp_path / "together", *flags, torchrun=processes(count)))
     assert_same_run(tmp_path / "together", single)
+
+
+def test_the_sharded_model_has_the_gradients_and_the_traces_of_a_plain_one(tmp_path):
+    """Any loss path, checkpointing, dtype, tied or not; ranks with very different traces."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *processes(2)]
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    checks = subprocess.Popen(
+        [*launcher, str(ROOT / "tests/sharded_model.py"), str(tmp_path)],
+        env=ENV | path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    finish(checks)
 
 
 def two_nodes(out: Path, *flags: str, **env: str) -> list[subprocess.Popen]:
@@ -163,15 +178,20 @@ def test_two_nodes_train_the_same_model(alone, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_every_row_belongs_to_one_rank_where_torch_expects_it(rows, ranks):
-    class Mesh:
-        def __init__(self, rank: int) -> None:
-            self.get_local_rank, self.size = (lambda: rank), (lambda: ranks)
-
+def test_every_row_belongs_to_one_rank_where_torch_expects_it(rows, ranks, monkeypatch):
     tensor = torch.arange(rows)
     chunks = [chunk.tolist() for chunk in tensor.chunk(ranks)]
-    ours = [tensor[own_rows(Mesh(rank), rows)].tolist() for rank in range(ranks)]
+    ours = []
+    for rank in range(ranks):
+        pretend(monkeypatch, rank, ranks)
+        ours.append(tensor[own_rows(rows)].tolist())
     assert ours == chunks + [[]] * (ranks - len(chunks))
+
+
+def pretend(monkeypatch, rank: int, ranks: int) -> None:
+    """As if this process were one of several."""
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
 
 
 # ---- interruption
@@ -290,8 +310,7 @@ def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, upd
     batch = list(range(24))
     own = []
     for rank in range(ranks):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        pretend(monkeypatch, rank, ranks)
         own.append(own_questions(batch, updates))
         for first, part in enumerate(equal_parts(own[-1], updates)):  # each update trains its own
             assert set(part) <= set(equal_parts(batch, updates)[first])
@@ -309,16 +328,7 @@ def test_several_processes_refuse_with_one_line_between_them(alone):
     assert 'train.py", line' not in output
 
 
-# ---- the copy
-def test_one_process_in_fp32_computes_with_the_weights_themselves_and_in_bf16_with_a_copy():
-    model = load_model(ROOT / "examples/hops/base")
-    assert gathered_view(model, torch.float32) is model
-    copy = gathered_view(model, torch.bfloat16)
-    assert copy.lm_head.weight is copy.embed_tokens.weight  # still tied
-    for full, low in itertools.zip_longest(model.parameters(), copy.parameters()):
-        assert torch.equal(full.bfloat16(), low) and full.dtype == torch.float32
-
-
+# ---- the sharded model
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_rank_reads_its_own_rows_of_the_file_and_no_others(ranks, monkeypatch):
     """The rows of all ranks together are the tensors; no whole tensor is ever read."""
@@ -335,17 +345,13 @@ def test_a_rank_reads_its_own_rows_of_the_file_and_no_others(ranks, monkeypatch)
         def __exit__(self, *failure) -> None:
             self.real.__exit__(*failure)
 
-    class Mesh:
-        def __init__(self, rank: int) -> None:
-            self.get_local_rank, self.size = (lambda: rank), (lambda: ranks)
-
     base = ROOT / "examples/hops/base"
     expected = dict(load_model(base).named_parameters())
     monkeypatch.setattr(weights_module, "safe_open", OnlySlices)
     model, parts = empty_model(read_config(base)), []
     for rank in range(ranks):
-        rows = partial(own_rows, Mesh(rank))
-        parts.append(read_tensors(base, model, torch.float32, "cpu", rows))
+        pretend(monkeypatch, rank, ranks)
+        parts.append(read_tensors(base, model, torch.float32, "cpu", own_rows))
     for name, tensor in expected.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
         assert all(len(part[name]) < len(tensor) for part in parts)

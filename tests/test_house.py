@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "support.distributed": "model support.errors support.weights",
     "data": "support.errors",
     "sample": "data kernels.logprob model support.errors support.weights",
-    "reward": "data kernels.logprob model sample",
+    "reward": "kernels.logprob model sample",
     "preflight": "aggregate data model reward sample",
     "evaluate": "data model preflight reward sample support.distributed support.errors",
     "support.args": "aggregate model support.distributed support.errors",

@@ -1,7 +1,7 @@
 """Scores from one prefill, against one full row per trace and a full log-softmax, in float64."""
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
@@ -384,41 +384,16 @@ def test_micro_batches_take_every_branch_once_and_the_longest_first(size):
     )
 
 
-@pytest.mark.parametrize("size", [0, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_no_forward_is_more_padding_than_allowed_and_none_could_be_joined_to_the_one_before(
-    size, seed
-):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = (
-        (2 ** (4 + 7 * torch.rand(33, generator=generator))).long().tolist()
-    )  # 16 to 2048 tokens
-    batches = micro_batches(lengths, size)
-
-    def padding(batch: list[int]) -> tuple[int, int]:
-        fed = len(batch) * max(lengths[i] for i in batch)
-        return fed - sum(lengths[i] for i in batch), fed
-
-    for batch in batches:
-        wasted, fed = padding(batch)
-        assert wasted <= 256 or wasted <= 0.15 * fed
-    for before, after in pairwise(batches):
-        wasted, fed = padding([*before, after[0]])
-        assert len(before) == size or (wasted > 256 and wasted > 0.15 * fed)
-    assert 4 < len(batches) < 33
-
-
-def test_neither_values_nor_gradients_depend_on_which_branches_share_a_forward(monkeypatch):
-    model, f = tiny("plain"), functional()
-    together = score(model, PROMPT, TRACES, ANSWER, MARKER)
-    expected, forwards = gradients(model, f(together)), []
-    model.zero_grad()
-    monkeypatch.setattr(reward, "SMALL_PADDING", 0)
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_the_number_of_forwards_depends_on_the_number_of_branches_alone(size):
+    """Not on lengths or equal traces: ranks with other traces must run as many forwards."""
+    model, forwards = tiny("plain"), []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    apart = score(model, PROMPT, TRACES, ANSWER, MARKER)
-    assert len(forwards) > 3
-    assert_same_scores(apart, together)
-    assert_same_gradients(gradients(model, f(apart)), expected)
+    for traces in (TRACES, [LONG, *TRACES[1:]], [TRACES[0]] * len(TRACES), [[]] * len(TRACES)):
+        forwards.clear()
+        score(model, PROMPT, traces, ANSWER, MARKER, micro_traces=size)
+        branches = len(TRACES) + 1
+        assert len(forwards) == 1 + math.ceil(branches / (size or branches))
 
 
 def test_padding_is_never_multiplied_by_the_head(monkeypatch):
@@ -432,10 +407,8 @@ def test_padding_is_never_multiplied_by_the_head(monkeypatch):
     monkeypatch.setattr(reward, "linear_logprob", counted)
     score(tiny(), PROMPT, [*TRACES, LONG], ANSWER, MARKER, null=False)
     # every action, the marker once more (in whatever way the trace ended), and the answer
-    distinct = {
-        repr(body_and_actions(trace)): trace for trace in [*TRACES, LONG]
-    }.values()  # equal traces are scored once
-    assert sum(rows) == sum(len(body_and_actions(trace)[1]) + 1 + len(ANSWER) for trace in distinct)
+    actions = sum(len(body_and_actions(trace)[1]) for trace in [*TRACES, LONG])
+    assert sum(rows) == actions + (len(TRACES) + 1) * (1 + len(ANSWER))
 
 
 # ---- temperature, entropy

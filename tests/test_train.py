@@ -22,24 +22,26 @@ import train as train_module
 from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages, aggregate
 from data import Example, Tokenizer
 from model import KEEP, Config, Transformer
-from reward import FrozenNull, Scores, log_ratio, score
+from reward import Scores, log_ratio, prompt_backward, prompt_leaves, score
 from sample import Trace, prefill, sample_traces
 from support import distributed
 from support.args import Args, parse_args
 from support.checkpoint import command_of
-from support.distributed import gathered_view, reduce_gradients
 from support.errors import TrainingError
 from support.metrics import question_figures
-from support.weights import load_model
+from support.weights import load_model, save_model
 from train import (
     LENGTH_SCALE,
     RATIO_RANGE,
     answer_weights,
     backward_in_micro_batches,
+    frozen_null_logp,
     group_advantages,
+    in_one_backward,
     loss_terms,
     rewards,
     score_group,
+    score_without_graph,
     train,
     truncated_ratio,
 )
@@ -59,9 +61,9 @@ BRIEF = dict(
 )
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
     torch.manual_seed(seed)
-    config = Config(
+    shape = dict(
         vocab_size=5,
         hidden_size=16,
         intermediate_size=24,
@@ -69,6 +71,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer
         num_attention_heads=4,
         num_key_value_heads=2,
     )
+    config = Config(**shape | changes)
     model = Transformer(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(
@@ -247,19 +250,28 @@ def sampled_group(model: Transformer, k: int = 8, seed: int = 0) -> list[Trace]:
     return sample_traces(model, [PROMPT], k, 6, stop_ids=[MARKER], seed=seed, cut_ids=[EOS])[0]
 
 
-def train_group(model: Transformer, traces: list[Trace], args: Args, null_logp=None) -> dict:
+def train_group(
+    model: Transformer, traces: list[Trace], args: Args, null_logp=None, example=EXAMPLE
+) -> dict:
     """What the loop of train.py does with one question -> its figures."""
-    prompt = prefill(model, [PROMPT])
-    scores = score_group(model, prompt, EXAMPLE, traces, MARKER, args)
+    scores = None
+    if not in_one_backward(args):
+        with distributed.gathered_view(model) as view:
+            [scores] = score_without_graph(view, [(example, traces, None)], MARKER, args)
+    prompt = prefill(model, [example.prompt])
+    leaves = prompt_leaves(prompt)
+    if scores is None:
+        scores = score_group(model, leaves, example, traces, MARKER, args)
     null_logp = scores.null_logp.detach() if null_logp is None else null_logp
     reward, weight = rewards(scores.answer_logp.detach(), null_logp, args)
     advantage = group_advantages(reward, weight, args)
     omega = answer_weights(weight, args)
     losses = loss_terms(scores, traces, advantage, omega, args)
-    if losses.requires_grad:
+    if in_one_backward(args):
         losses.sum().backward()
     else:
-        backward_in_micro_batches(model, prompt, EXAMPLE, traces, MARKER, advantage, omega, args)
+        backward_in_micro_batches(model, leaves, example, traces, MARKER, advantage, omega, args)
+    prompt_backward(prompt, leaves)
     return question_figures(scores, traces, RATIO_RANGE, reward, advantage, null_logp, losses)
 
 
@@ -597,13 +609,13 @@ def test_every_aggregator_trains(tmp_path):
 
 def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt():
     initial, trained = tiny_model(0), tiny_model(1)
-    frozen = FrozenNull(initial, MARKER)
+    [frozen] = frozen_null_logp(initial, [EXAMPLE], MARKER)
     expected = plain_logp(tiny_model(0), [*PROMPT, MARKER], ANSWER)
-    assert torch.allclose(frozen(EXAMPLE), expected, rtol=1e-10)
+    assert torch.allclose(frozen, expected, rtol=1e-10)
     args = Args(
         questions=1, traces=8, null="frozen", aggregator="info_gain", center="none", scale="none"
     )
-    figures = train_group(trained, sampled_group(trained), args, frozen(EXAMPLE))
+    figures = train_group(trained, sampled_group(trained), args, frozen)
     assert figures["reward"] == pytest.approx(
         [(think - expected.sum().item()) / 3 for think in figures["gold_logp_think"]]
     )
@@ -617,7 +629,9 @@ def test_a_marker_the_model_has_never_seen_starts_as_a_copy_of_eos_and_one_it_kn
     (tmp_path / "model/nrt.json").unlink()
     before = load_model(tmp_path / "model")
     tokenizer = Tokenizer(tmp_path / "model", marker)
-    after = train_module.initial_model(Args(model=str(tmp_path / "model"), device="cpu"), tokenizer)
+    after = train_module.initial_model(
+        Args(model=str(tmp_path / "model"), device="cpu"), tokenizer, torch.float32
+    )
     assert (
         after.config.vocab_size
         == len(after.lm_head.weight)
@@ -685,16 +699,21 @@ def test_activation_checkpointing_changes_memory_and_no_gradient():
     )  # only "full" computes a product twice
 
 
-def test_bf16_computes_while_fp32_weights_collect_what_bf16_would_lose():
-    model = tiny_model(dtype=torch.float32)
-    twin = gathered_view(model, torch.bfloat16)
-    for _ in range(300):  # 300 gradients of 1 on one weight: bf16 would stop counting at 256
-        (twin.norm.weight.sum()).backward()
-    reduce_gradients(model, twin)
-    assert torch.equal(model.norm.weight.grad, torch.full((16,), 300.0))
-    assert all(p.grad is None for p in twin.parameters()) and all(
-        p.dtype == torch.float32 for p in model.parameters()
-    )
+def test_bf16_computes_while_fp32_gradients_collect_what_bf16_would_lose(tmp_path):
+    """A gradient and 1/1024 of it: a bf16 sum would be the first alone."""
+    save_model(tiny_model(dtype=torch.float32), tmp_path)
+    distributed.start("cpu", torch.bfloat16)
+    model = distributed.shard(distributed.load(tmp_path, "cpu"), torch.bfloat16)
+    sums = {}
+    for factors in ([1], [1024, 1]):
+        for factor in factors:  # a power of 2 changes no digit of a bf16 number
+            (factor * score(model, PROMPT, [[1]], ANSWER, MARKER).answer_logp.sum()).backward()
+        sums[len(factors)] = {n: distributed.whole(p.grad) for n, p in model.named_parameters()}
+        model.zero_grad()
+    distributed.stop()
+    for name, one in sums[1].items():
+        assert one.dtype == torch.float32 and one.abs().max() > 0
+        torch.testing.assert_close(sums[2][name], 1025 * one, rtol=1e-5, atol=0)
 
 
 def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
