@@ -41,7 +41,6 @@ The flags are described in support/args.py.
 
 import math
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +48,7 @@ import torch
 from torch import Tensor
 
 from aggregate import advantages, aggregate
-from data import Example, Pairs, Tokenizer, next_examples, stream_seed
+from data import Example, Pairs, Tokenizer, first_examples, next_examples, stream_seed
 from evaluate import evaluate
 from model import Config, Transformer
 from reward import (
@@ -64,14 +63,17 @@ from sample import Prefill, Trace, prefill, sample_traces
 from support import distributed
 from support.args import Args, parse_args
 from support.checkpoint import (
+    check_run,
+    check_same_input,
+    is_finished,
     load_progress,
-    newest_checkpoint,
     open_run,
     save_checkpoint,
     save_final,
 )
-from support.errors import TrainingError, exit_on_bad_input
+from support.errors import Interrupted, StopSignals, TrainingError, exit_on_bad_input
 from support.metrics import Clock, Log, question_figures, step_figures
+from support.weights import stored_dtypes
 
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
 RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; looser above: unlikely tokens can gain (DAPO)
@@ -97,7 +99,7 @@ def fits(args: Args, config: Config, example: Example) -> bool:
     prompt_len, answer_len = len(example.prompt), len(example.answer)
     positions = prompt_len + args.max_trace + 1 + answer_len  # 1 for a forced marker
     return (
-        prompt_len <= args.max_prompt
+        0 < prompt_len <= args.max_prompt
         and answer_len <= args.max_answer
         and positions <= config.max_position_embeddings
     )
@@ -344,20 +346,21 @@ def update(
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
     dtype = getattr(torch, args.dtype)
-    distributed.start(args.device, dtype)
+    distributed.start(args.device, dtype, args.timeout)
     if distributed.any_restarted():  # torchrun --max-restarts: continue the same run
         args.resume, args.overwrite = True, False
     out = Path(args.out)
-    checkpoint = newest_checkpoint(out) if args.resume else None
+    checkpoint = distributed.on_first_rank(lambda: check_run(out, args))
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     marker = tokenizer.marker_id
-    pairs = Pairs(args.data, tokenizer)
-    held_out = Pairs(args.eval_data, tokenizer) if args.eval_data else []
-    held_out = [held_out[i] for i in range(min(args.eval_questions, len(held_out)))]
+    limits = (args.max_prompt, args.max_answer)
+    pairs = Pairs(args.data, tokenizer, *limits)
+    held_out_pairs = Pairs(args.eval_data, tokenizer, *limits) if args.eval_data else []
 
     # Passes with gradients run on `model`, all others on a gathered view of it. In a single fp32
     # process both are a plain Transformer.
     if checkpoint:
+        check_same_input(checkpoint, pairs, tokenizer)
         model = distributed.load(checkpoint, args.device)
     else:
         model = initial_model(args, tokenizer, torch.float32)
@@ -371,18 +374,27 @@ def train(args: Args) -> None:
         torch.set_num_threads(1)
     optimizer = make_optimizer(model, args)
     step, position = load_progress(checkpoint, model, optimizer) if checkpoint else (0, 0)
+    if is_finished(out, step, args.steps):
+        return distributed.stop()
     row_fits = partial(fits, args, model.config)
     next_examples(pairs, position, 1, args.seed, row_fits)  # refuses data without a row that fits
+    held_out = []
+    if args.eval_data:
+        held_out = first_examples(held_out_pairs, args.eval_questions, row_fits)
 
     # The input is read and usable: files are written only from here on.
-    distributed.on_first_rank(lambda: open_run(out, asdict(args)))
+    dtypes = stored_dtypes(args.model)  # of final/
+    distributed.on_first_rank(lambda: open_run(out, args))
     log = Log(out, args.steps, last_step=step)
     size = f"{parameters / 1e6:.1f}M parameters"
-    log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n")
+    left_out = min(args.eval_questions, len(held_out_pairs)) - len(held_out)
+    long = f" ({left_out} more are too long)" if left_out else ""
+    log.print(f"{size}, {len(pairs)} pairs{pairs.note()}, {len(held_out)} held out{long}\n")
     if step == 0 and held_out:
         figures = held_out_figures(model, initial, tokenizer, held_out, 0, log, args)
         log.write({"step": 0} | figures)
 
+    signals = StopSignals()
     bad_updates = 0
     while step < args.steps:
         step += 1
@@ -454,10 +466,17 @@ def train(args: Args) -> None:
                 f"step {step}: loss or gradient not finite {bad_updates} times in a row; "
                 f"none of these updates was applied, see {out}"
             )
-        if step % args.save_every == 0 or step == args.steps:
-            save_checkpoint(out, step, position, model, tokenizer, optimizer, args.keep)
+        stop = max(distributed.gather_objects(signals.number))  # Ctrl-C or SIGTERM, on any rank
+        if step % args.save_every == 0 or step == args.steps or stop:
+            save_checkpoint(
+                out, step, position, pairs.digest, model, tokenizer, optimizer, args.keep
+            )
+        if stop:
+            command = f"python train.py --resume --out {out}"
+            raise Interrupted(f"step {step} is saved; {command} continues after it", stop)
 
-    save_final(out, model, tokenizer, args.model)
+    signals.restore()
+    save_final(out, model, tokenizer, dtypes)
     final = out / "final"
     log.print(f"wrote {final}, a Hugging Face directory; try:")
     log.print(f"python sample.py --model {final} --question ...")
@@ -465,7 +484,9 @@ def train(args: Args) -> None:
 
 
 def main() -> None:
-    train(parse_args(sys.argv[1:], __doc__.split("\n")[0]))
+    args = parse_args(sys.argv[1:], __doc__.split("\n")[0])
+    with distributed.lost_ranks_are_named():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -806,6 +806,7 @@ def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupte
 def test_a_run_that_any_machine_has_restarted_is_resumed_by_all(plain_run, tmp_path, monkeypatch):
     """Machines count restarts apart: this process has just begun, another was restarted."""
     shutil.copytree(plain_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/final")  # a finished run would be left as it is
     monkeypatch.setattr(
         distributed,
         "gather_objects",

@@ -1,0 +1,157 @@
+"""Faults of whole runs, slow: `make check`. After each, what is lost: at most the steps since the
+last checkpoint."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BRIEF
+from test_distributed import output_of, processes, start, workers
+
+import train
+from support.args import parse_args
+from support.checkpoint import LOCKS, checkpoints
+from support.errors import exit_on_bad_input
+from support.weights import load_model
+
+pytestmark = pytest.mark.slow
+needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find children")
+CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
+
+
+def forked(flags: list[str], limit: int | None = None) -> int:
+    """A process that trains in a copy of this one, without importing torch again -> its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        LOCKS.clear()
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        argv = ["--model=model", "--data=rows.jsonl", "--out=new", *BRIEF, *flags]
+        exit_on_bad_input(lambda: train.train(parse_args(argv, "")))()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def log_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line.keys() - CLOCK} for line in lines]
+
+
+def assert_whole(out: Path) -> None:
+    if (out / "args.json").exists():
+        json.loads((out / "args.json").read_text())
+    for path in checkpoints(out):
+        load_model(path)
+        json.loads((path / "progress.json").read_text())
+
+
+def test_killed_twenty_times_at_random_moments_the_run_ends_as_one_that_was_not(world):
+    flags = ["--steps=12", "--save-every=1", "--resume"]
+    assert ended(forked([*flags, "--out=whole"])) == 0
+    seed = random.SystemRandom().randrange(10**6)
+    print("kill seed", seed)
+    rng, kills = random.Random(seed), 0
+    while kills < 20:
+        child = forked(flags)
+        for _ in range(rng.randrange(8_000_000)):  # up to several steps with their checkpoints
+            pass
+        os.kill(child, signal.SIGKILL)
+        if ended(child) == 0:
+            break
+        kills += 1
+        assert_whole(Path("new"))
+    assert ended(forked(flags)) == 0
+    assert log_of(Path("new")) == log_of(Path("whole"))
+    ours, theirs = (
+        dict(load_model(out).named_parameters()) for out in ("new/final", "whole/final")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 3000, 10_000, 30_000])
+def test_whatever_file_the_disk_has_no_place_for_the_run_is_whole(limit, world):
+    shutil.copytree("run", "new")
+    before = {path: path.read_bytes() for path in Path("new").glob("checkpoint-*/**/*.*")}
+    code = ended(forked(["--out=new", "--resume", "--steps=3"], limit))
+    assert code in (1, 2)
+    assert_whole(Path("new"))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# ---- several ranks
+def lines_of_steps(process, count: int) -> list[str]:
+    """Its output until `count` steps are logged."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if re.match(rf"step +{count}/", line):
+            break
+    return seen
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_dead_or_hangs_is_named_in_a_line(number, lost, tmp_path):
+    process = start(tmp_path / "run", "--steps=99", "--timeout=8", torchrun=processes(2))
+    lines_of_steps(process, 1)
+    ranks = sorted(workers(process.pid))
+    os.kill(ranks[lost], number)
+    output = output_of(process)
+    if number == signal.SIGSTOP:
+        os.kill(ranks[lost], signal.SIGKILL) if Path(f"/proc/{ranks[lost]}").exists() else None
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert process.returncode != 0
+    assert any(f"in vain for rank {lost}" in line for line in said), output
+    assert_whole(tmp_path / "run")
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_ended_by_a_signal_saves_the_step_and_says_how_to_go_on(number, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--steps=50", "--save-every=99", torchrun=processes(2))
+    lines_of_steps(process, 2)
+    process.send_signal(number)
+    output = output_of(process)
+    assert output.count("stopped: step ") == 1, output
+    (saved,) = checkpoints(out)
+    assert f"stopped: step {int(saved.name[-6:])} is saved" in output
+    step = int(saved.name[-6:])
+    again = start(out, "--resume", f"--steps={step + 1}", "--save-every=99", torchrun=processes(2))
+    assert f"step {step + 1}/" in output_of(again) and again.returncode == 0
+
+
+@needs_proc
+def test_workers_that_outlive_a_killed_torchrun_still_hold_the_folder(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--steps=99", torchrun=processes(2))
+    lines_of_steps(process, 1)
+    ranks = workers(process.pid)
+    for rank in ranks:  # so that they are there as long as this test needs them
+        os.kill(rank, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    second = start(out, "--resume", "--steps=99")
+    output = output_of(second)
+    assert second.returncode == 2 and "run.lock" in output, output
+    assert any(f"process {rank} on" in output for rank in ranks)
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
