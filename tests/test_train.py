@@ -30,7 +30,7 @@ from support.checkpoint import command_of
 from support.distributed import gathered_view, reduce_gradients
 from support.errors import TrainingError
 from support.metrics import question_figures
-from support.weights import load_model
+from support.weights import load_model, save_model
 from train import (
     LENGTH_SCALE,
     RATIO_RANGE,
@@ -59,9 +59,9 @@ BRIEF = dict(
 )
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
     torch.manual_seed(seed)
-    config = Config(
+    sizes = dict(
         vocab_size=5,
         hidden_size=16,
         intermediate_size=24,
@@ -69,7 +69,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = Transformer(config)
+    model = Transformer(Config(**sizes | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(
             parameter, std=0.5
@@ -160,9 +160,16 @@ def test_the_traces_of_the_enumeration_have_total_probability_one():
     assert abs(total.item() - 1) < 1e-12
 
 
-@pytest.mark.parametrize("name", SINGLE)
-def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
-    model, traces, args = tiny_model(), every_trace(), estimator_args(name)
+QWENS = [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 6}]
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [*((name, {}) for name in SINGLE), *(("weighted_sum_log_prob", qwen) for qwen in QWENS)],
+    ids=str,
+)
+def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name, family):
+    model, traces, args = tiny_model(**family), every_trace(), estimator_args(name)
     exact_objective(model, name).backward()
     exact = gradient(model)
 
@@ -573,6 +580,19 @@ def test_every_aggregator_trains(tmp_path):
         assert all(value is not None for value in lines[-1].values()), name
 
 
+def test_a_qwen_trains_and_is_exported_as_one(tmp_path):
+    vocab = Tokenizer(Args.model).model.get_vocab_size()
+    base = tiny_model(dtype=torch.float32, qk_norm=True, vocab_size=vocab)
+    save_model(base, tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "nrt.json"):
+        shutil.copy(Path(Args.model) / name, tmp_path / "base")
+    lines = run(tmp_path / "run", model=str(tmp_path / "base"), steps=1, questions=2)
+    assert lines[-1]["grad_norm"] > 0 and lines[-1]["sampler_gap"] < 1e-4
+    config = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert config["model_type"] == "qwen3"
+    assert weights(tmp_path / "run/final").keys() == dict(base.named_parameters()).keys()
+
+
 def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt():
     initial, trained = tiny_model(0), tiny_model(1)
     frozen = FrozenNull(initial, MARKER)
@@ -622,6 +642,7 @@ class CountProducts(TorchDispatchMode):
         result = function(*args, **kwargs or {})
         if function in (
             torch.ops.aten.mm.default,
+            torch.ops.aten.addmm.default,  # a product with a bias
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         ):
             self.count += 1
@@ -633,8 +654,9 @@ class CountProducts(TorchDispatchMode):
         return result
 
 
-def test_activation_checkpointing_changes_memory_and_no_gradient():
-    model, args = tiny_model(), Args(questions=1, traces=8, null_loss=0.5)
+@pytest.mark.parametrize("family", [{}, *QWENS], ids=str)
+def test_activation_checkpointing_changes_memory_and_no_gradient(family):
+    model, args = tiny_model(**family), Args(questions=1, traces=8, null_loss=0.5)
     traces, products, held = sampled_group(model), {}, {}
     plain = {
         micro: group_gradient(model, traces, replace(args, micro_traces=micro)) for micro in (0, 3)
