@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aggregate import advantages, aggregate
+from aggregate import advantages, aggregate, declares
 from data import Example, Pairs, Tokenizer, next_examples, stream_seed
 from evaluate import evaluate
 from model import Config, Transformer
@@ -157,9 +157,14 @@ def score_group(
         )
 
 
-def rewards(answer_logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight w [K, T]."""
-    reward, weight = aggregate(args.aggregator, answer_logp, null_logp)
+def rewards(
+    answer_logp: Tensor, null_logp: Tensor, args: Args, text: tuple = ()
+) -> tuple[Tensor, Tensor]:
+    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight w [K, T].
+
+    text: (example, traces, tokenizer), for an aggregator that sees them.
+    """
+    reward, weight = aggregate(args.aggregator, answer_logp, null_logp, text)
     if args.clip_null:
         null_reward, _ = aggregate(args.aggregator, null_logp[None], null_logp)  # [1]
         weight = weight * (reward > null_reward)[:, None]  # clamped: the derivative is 0
@@ -171,7 +176,7 @@ def group_advantages(reward: Tensor, weight: Tensor, args: Args) -> Tensor:
     """reward [K] -> advantage [K]. weight [K, T]: says how exact a reward is (aggregate.py)."""
     if args.traces == 0:  # plain SFT: nothing was sampled
         return torch.zeros_like(reward)
-    relative = args.aggregator == "jlb_multi"  # its rewards are relative to the group already
+    relative = declares(args.aggregator, "relative")
     return advantages(reward, "none" if relative else args.center, args.scale, weight)
 
 
@@ -360,7 +365,8 @@ def train(args: Args) -> None:
                 null_logp = frozen_null(example) if frozen_null else scores.null_logp.detach()
                 # An aggregator may draw random numbers (exact_match): same ones in every run.
                 torch.manual_seed(stream_seed(args.seed, step, example.index))
-                reward, weight = rewards(scores.answer_logp.detach(), null_logp, args)
+                text = (example, traces, tokenizer)
+                reward, weight = rewards(scores.answer_logp.detach(), null_logp, args, text)
                 advantage = group_advantages(reward, weight, args)
                 omega = answer_weights(weight, args)
                 clock.lap("score")

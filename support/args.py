@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS, find_aggregator
+from aggregate import AGGREGATORS, declares, find_aggregator, sees_text
 from model import KEEP
 from support.distributed import world_size
 from support.errors import InputError, OneLineParser
@@ -199,7 +199,7 @@ def check_args(args: Args) -> None:
         f"the questions do not divide into equal shares, one per update{ranks}",
     )
     if args.traces == 1:
-        centred = args.center != "none" and args.aggregator != "jlb_multi"
+        centred = args.center != "none" and not declares(args.aggregator, "relative")
         text = "every advantage would be 0; take --traces 2 or more, or --center none"
         require(not centred, args, ["traces", "center"], text)
         text = "one reward has no std; take --scale none"
@@ -210,7 +210,7 @@ def check_args(args: Args) -> None:
         require(not unused, args, ["traces"], text)
     if args.clip_null:
         text = "the null think has no reward outside the group"
-        by_itself = args.aggregator not in GROUP_AGGREGATORS
+        by_itself = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
         require(by_itself, args, ["clip_null", "aggregator"], text)
     text = "they contradict each other"
     require(not (args.resume and args.overwrite), args, ["resume", "overwrite"], text)

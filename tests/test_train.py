@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages
+from aggregate import AGGREGATORS, advantages, declares, sees_text
 from data import Example, Tokenizer
 from model import KEEP, Config, Transformer
 from reward import FrozenNull, Scores, log_ratio, score
@@ -29,7 +29,7 @@ from support.args import Args, parse_args
 from support.checkpoint import command_of
 from support.distributed import gathered_view, reduce_gradients
 from support.errors import TrainingError
-from support.metrics import question_figures
+from support.metrics import question_figures, step_figures
 from support.weights import load_model, save_model
 from train import (
     LENGTH_SCALE,
@@ -57,6 +57,7 @@ BRIEF = dict(
     save_every=1,
     device="cpu",
 )
+SHORT = dict(steps=1, questions=2, eval_data="")
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
@@ -147,8 +148,10 @@ def estimator_args(name: str, **changes) -> Args:
     return replace(args, **changes)
 
 
-RANDOM = ("exact_match",)
-SINGLE = [name for name in AGGREGATORS if name not in (*GROUP_AGGREGATORS, *RANDOM)]
+SINGLE = []  # those whose J is a sum over single traces
+for NAME in AGGREGATORS:
+    if not (declares(NAME, "group") or declares(NAME, "random") or sees_text(NAME)):
+        SINGLE.append(NAME)
 
 
 def test_the_traces_of_the_enumeration_have_total_probability_one():
@@ -586,11 +589,37 @@ def test_a_qwen_trains_and_is_exported_as_one(tmp_path):
     save_model(base, tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "nrt.json"):
         shutil.copy(Path(Args.model) / name, tmp_path / "base")
-    lines = run(tmp_path / "run", model=str(tmp_path / "base"), steps=1, questions=2)
+    lines = run(tmp_path / "run", model=str(tmp_path / "base"), **SHORT)
     assert lines[-1]["grad_norm"] > 0 and lines[-1]["sampler_gap"] < 1e-4
     config = json.loads((tmp_path / "run/final/config.json").read_text())
     assert config["model_type"] == "qwen3"
     assert weights(tmp_path / "run/final").keys() == dict(base.named_parameters()).keys()
+
+
+LENGTHS = """
+import torch
+
+def brief(logp, null_logp, example, traces, tokenizer):
+    assert tokenizer.decode(example.answer).strip() == example.gold
+    return torch.tensor([-float(len(trace.ids)) for trace in traces])
+"""
+
+
+def test_a_reward_of_ones_own_sees_the_traces_that_are_trained_on(tmp_path):
+    (tmp_path / "mine.py").write_text(LENGTHS)
+    run(tmp_path / "run", aggregator=f"{tmp_path}/mine.py:brief", **SHORT)
+    (sample,) = map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
+    tokenizer = Tokenizer(Args.model)
+    lengths = [len(tokenizer.encode_prompt(trace["trace"])) for trace in sample["traces"]]
+    assert [trace["reward"] for trace in sample["traces"]] == [-length for length in lengths]
+
+
+def test_a_figure_of_ones_own_is_logged_as_its_mean_over_the_questions():
+    traces = sampled_group(tiny_model())
+    figures = [train_group(tiny_model(), traces, Args(questions=1)) for _ in range(2)]
+    assert not any(name.startswith("own_") for name in step_figures(figures, [1.0]))
+    figures[0]["own_size"], figures[1]["own_size"] = 3.0, 4.0
+    assert step_figures(figures, [1.0])["own_size"] == 3.5
 
 
 def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt():
