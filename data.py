@@ -127,13 +127,22 @@ class Tokenizer:
 
         With it go nrt.json (marker, prompt format), a chat template that makes the prompts that
         `render` makes, and the other files of the directory that tokenizers and samplers read.
+        The marker is written as a token that is not special: other software drops special tokens
+        from its text, and could not tell the answer from the trace.
         """
         path = Path(path)
         for name in ("special_tokens_map.json", "generation_config.json"):
             if (self.path / name).exists():
                 (path / name).write_bytes((self.path / name).read_bytes())
-        self.model.save(str(path / "tokenizer.json"))
+        made = json.loads(self.model.to_str())
         described = self.read("tokenizer_config.json") | {"chat_template": self.chat_template()}
+        described_tokens = described.get("added_tokens_decoder", {})
+        for token in made["added_tokens"]:
+            if token["id"] == self.marker_id:
+                token["special"] = False
+                described_tokens.get(str(self.marker_id), {})["special"] = False
+        text = json.dumps(made, indent=2, ensure_ascii=False)
+        (path / "tokenizer.json").write_text(text)
         (path / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
         ours = {"marker": self.marker, "prompt_format": self.prompt_format}
         (path / "nrt.json").write_text(json.dumps(ours, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
     eval_accuracy        share of examples whose answer, after a trace, is the gold answer
     eval_accuracy_null   the same after the empty trace (null think): prompt, marker, answer
+    eval_f1              F1 of the answer's words against the gold answer's, mean: a softer score
     eval_gain            log-prob of the gold answer after the trace - after the null think,
                          nats per answer, mean
     eval_gain_shuffled   the same with the trace of the next example: a trace that helps only in
@@ -10,22 +11,28 @@
     eval_trace_len       tokens of a trace, a sampled marker included, mean
 
 Trace and answer are decoded greedily, so the figures have no random part. An answer is right if it
-ends with an eos token, has no more tokens than the gold answer, and has the same text.
+ends with an eos token, has no more tokens than the gold answer, and has the same text. --samples M
+adds eval_sampled: the share of right answers among M per question, sampled at temperature 1.
+A base without the marker gets it as training does: so it can be scored before and after.
 
     python evaluate.py --model DIR --data test.jsonl          the figures above
+    python evaluate.py ... --predictions FILE --samples 8     and a line per question, as JSON
     python evaluate.py --model DIR --data d.jsonl --preflight which reward would keep it thinking
                                                               (preflight.py); for a base as well
     python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
                                                               to each token of the gold answer
 """
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Example, Pairs, Tokenizer
+from data import Example, Pairs, Tokenizer, stream_seed
 from model import Transformer
 from preflight import preflight_table, sample_group_scores
 from reward import score
@@ -33,7 +40,7 @@ from sample import Trace, model_flags, open_model, sample_traces, think_and_answ
 from support.distributed import all_shares, copy_token_rows, mean_over_ranks, own_share
 from support.errors import InputError, exit_on_bad_input
 
-FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "gain_half", "trace_len")
+FIGURES = ("accuracy", "accuracy_null", "f1", "gain", "gain_shuffled", "gain_half", "trace_len")
 
 
 @torch.no_grad()
@@ -48,28 +55,52 @@ def evaluate(
 
     Each rank computes its share; all ranks must call and get the figures of all examples.
     """
+    return mean_figures(predict(model, tokenizer, examples, max_trace, batch))
+
+
+def mean_figures(rows: list[dict]) -> dict[str, float]:
+    """Rows of `predict` -> the figures at the top of this file."""
+    count = max(1, len(rows))
+    means = {f"eval_{name}": sum(row[name] for row in rows) / count for name in FIGURES}
+    return mean_over_ranks(means, len(rows))
+
+
+@torch.no_grad()
+def predict(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    max_trace: int,
+    batch: int = 64,
+) -> list[dict]:
+    """A row for each example of this rank: question, trace, answer, gold as text, and FIGURES."""
     marker = tokenizer.marker_id
     own = own_share(range(len(examples)))  # indices
     mine = [examples[i] for i in own]
     traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace, batch))  # of all examples
-    totals = dict.fromkeys(FIGURES, 0.0)
+    rows = []
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]
         thoughts = [trace_ids(traces[i], marker) for i in own[start : start + batch]]
-        no_thoughts = [[marker] for _ in part]
-        totals["accuracy"] += count_right(model, tokenizer, part, thoughts)
-        totals["accuracy_null"] += count_right(model, tokenizer, part, no_thoughts)
-    for i, example in zip(own, mine, strict=True):
+        answers = sample_answers(model, tokenizer, part, thoughts)
+        null_answers = sample_answers(model, tokenizer, part, [[marker] for _ in part])
+        for example, answer, null_answer in zip(part, answers, null_answers, strict=True):
+            text = tokenizer.decode(answer.ids).strip()
+            row = {"question": example.question, "answer": text, "gold": example.gold}
+            row["accuracy"] = is_right(tokenizer, example, answer)
+            row["accuracy_null"] = is_right(tokenizer, example, null_answer)
+            row["f1"] = word_f1(text, example.gold)
+            rows.append(row)
+    for row, i, example in zip(rows, own, mine, strict=True):
         body = [token for token in traces[i].ids if token != marker]
         other = traces[(i + 1) % len(traces)]
         variants = [traces[i], other, body[: len(body) // 2]]
         scores = score(model, example.prompt, variants, example.answer, marker)
         gains = scores.answer_logp.sum(dim=1) - scores.null_logp.sum()  # [3]
-        for name, gain in zip(("gain", "gain_shuffled", "gain_half"), gains.tolist(), strict=True):
-            totals[name] += gain
-        totals["trace_len"] += len(traces[i].ids)
-    means = {f"eval_{name}": total / max(1, len(mine)) for name, total in totals.items()}
-    return mean_over_ranks(means, len(mine))
+        row["gain"], row["gain_shuffled"], row["gain_half"] = gains.tolist()
+        row["trace_len"] = len(traces[i].ids)
+        row["trace"] = tokenizer.decode(traces[i].ids, special=True)
+    return rows
 
 
 def greedy_traces(
@@ -84,23 +115,62 @@ def greedy_traces(
     return traces
 
 
-def count_right(
+def sample_answers(
     model: Transformer,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     contexts: Sequence[list[int]],
-) -> int:
-    """How many greedy answers after prompt + context (the trace, with its marker) are right."""
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Trace]:
+    """An answer after each prompt + context (the trace, with its marker), greedy by default.
+
+    It has no more tokens than the gold answer.
+    """
     prompts = [[*e.prompt, *context] for e, context in zip(examples, contexts, strict=True)]
     longest = max(len(example.answer) for example in examples)
-    groups = sample_traces(model, prompts, 1, longest, 0.0, stop_ids=tokenizer.eos_ids)
-    right = 0
+    stop = tokenizer.eos_ids
+    groups = sample_traces(model, prompts, 1, longest, temperature, stop_ids=stop, seed=seed)
+    answers = []
     for example, (answer,) in zip(examples, groups, strict=True):
         # `longest` is another example's limit: what comes out must not depend on the batch.
-        if answer.finished and len(answer.ids) <= len(example.answer):
-            gold = tokenizer.decode(example.answer).strip()
-            right += tokenizer.decode(answer.ids).strip() == gold
-    return right
+        limit = len(example.answer)
+        ended = answer.finished and len(answer.ids) <= limit
+        answers.append(Trace(answer.ids[:limit], answer.logp[:limit], ended))
+    return answers
+
+
+def is_right(tokenizer: Tokenizer, example: Example, answer: Trace) -> bool:
+    gold = tokenizer.decode(example.answer).strip()
+    return answer.finished and tokenizer.decode(answer.ids).strip() == gold
+
+
+def word_f1(answer: str, gold: str) -> float:
+    """2 PR / (P + R): the words in common, each as often as in both, over the mean of words."""
+    ours, theirs = Counter(answer.split()), Counter(gold.split())
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+
+
+def sampled_accuracy(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    samples: int,
+    max_trace: int,
+    seed: int = 0,
+) -> float:
+    """Share of right answers among `samples` per example, trace and answer at temperature 1."""
+    marker = tokenizer.marker_id
+    prompts = [example.prompt for example in examples]
+    stop, cut = [marker], tokenizer.cut_ids
+    groups = sample_traces(
+        model, prompts, samples, max_trace, stop_ids=stop, cut_ids=cut, seed=stream_seed(seed, 0)
+    )
+    repeated = [example for example in examples for _ in range(samples)]
+    contexts = [trace_ids(trace, marker) for traces in groups for trace in traces]
+    answers = sample_answers(model, tokenizer, repeated, contexts, 1.0, stream_seed(seed, 1))
+    right = [is_right(tokenizer, *pair) for pair in zip(repeated, answers, strict=True)]
+    return sum(right) / len(right)
 
 
 # ---- one question
@@ -141,18 +211,24 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="pairs of --data, from the top (1000)")
     parser.add_argument("--question", help="one question instead, together with --gold")
     parser.add_argument("--gold", help="its gold answer")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write, a line per pair")
+    parser.add_argument("--samples", type=int, help="answers per question for eval_sampled")
     parser.add_argument("--preflight", action="store_true", help="compare rewards on 32 questions")
     parser.add_argument("--traces", type=int, default=8, help="K, traces per question (8)")
     args = parser.parse_args()
     one_question = args.question is not None
     if one_question == (args.data is not None) or one_question != (args.gold is not None):
         raise InputError("give either --data, or --question and --gold")
-    if args.preflight and one_question:
-        raise InputError("--preflight needs --data")
-    for name, least in (("limit", 1), ("traces", 2)):
+    if one_question and (args.preflight or args.predictions or args.samples):
+        raise InputError("--preflight, --predictions and --samples need --data")
+    if args.predictions and not args.predictions.parent.is_dir():
+        raise InputError(f"--predictions {args.predictions}: there is no such folder")
+    for name, least in (("limit", 1), ("traces", 2), ("samples", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"--{name} is {getattr(args, name)}, it should be {least} or more")
-    model, tokenizer = open_model(args, untrained=args.preflight)
+    model, tokenizer = open_model(args, untrained=True)
+    if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
+        copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
     if one_question:
         prompt, trace = think_and_answer(model, tokenizer, args)
         print_gain(model, tokenizer, prompt, trace, tokenizer.encode_answer(args.gold))
@@ -161,15 +237,22 @@ def main() -> None:
     count = args.limit or (32 if args.preflight else 1000)
     examples = [pairs[i] for i in range(min(count, len(pairs)))]
     if args.preflight:
-        if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
-            copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
         groups = sample_group_scores(
             model, tokenizer, examples, args.traces, args.max_trace, args.seed
         )
         print("\n".join(preflight_table(groups)))
         return
-    for name, value in evaluate(model, tokenizer, examples, args.max_trace).items():
+    rows = predict(model, tokenizer, examples, args.max_trace)
+    for name, value in mean_figures(rows).items():
         print(f"{name} {value:.4g}")
+    if args.samples:
+        share = sampled_accuracy(
+            model, tokenizer, examples, args.samples, args.max_trace, args.seed
+        )
+        print(f"eval_sampled {share:.4g}")
+    if args.predictions:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        args.predictions.write_text("".join(lines))
 
 
 if __name__ == "__main__":

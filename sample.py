@@ -414,16 +414,22 @@ def model_flags(description: str) -> OneLineParser:
 def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of --model; InputError where a flag does not fit them.
 
-    untrained: the model need not have the marker yet.
+    untrained: a model that was not trained here (no nrt.json) need not have the marker yet.
     """
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}, it should be 0 or more")
     prompt_format = args.prompt_format and args.prompt_format.replace("\\n", "\n")
     tokenizer = Tokenizer(args.model, args.marker, prompt_format)
-    if tokenizer.marker_is_new and not untrained:
+    trained = tokenizer.read("nrt.json")
+    if tokenizer.marker_is_new and trained:
         raise InputError(
             f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: "
-            "was this model trained with another?"
+            f"this model was trained with {trained.get('marker')!r}"
+        )
+    if tokenizer.marker_is_new and not untrained:
+        raise InputError(
+            f"{args.model}: has no marker {tokenizer.marker!r}, the token that ends a trace and "
+            "starts the answer; train.py adds it to a base, evaluate.py --data scores one without"
         )
     model = load_model(args.model, getattr(torch, args.dtype), args.device)
     return model, tokenizer

@@ -2,6 +2,7 @@
 seed alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jinja2.sandbox  # comes with torch
@@ -290,6 +291,21 @@ def test_a_saved_tokenizer_reads_back_the_same(kind, tmp_path):
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert described.pop("chat_template")
     assert described == json.loads((GOLDEN / kind / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("marker", ["<|new|>", "<|eot_id|>"])
+def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(marker, tmp_path):
+    """Other software drops them, and finds the answer behind the marker."""
+    shutil.copytree(GOLDEN / "byte_level", tmp_path, dirs_exist_ok=True)
+    tokenizer = Tokenizer(tmp_path, marker=marker)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    described["added_tokens_decoder"] = {str(tokenizer.marker_id): {"special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    tokenizer.save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert described["added_tokens_decoder"] == {str(tokenizer.marker_id): {"special": False}}
+    ids = [*tokenizer.encode_prompt("trace"), tokenizer.marker_id, *tokenizer.encode_answer("42")]
+    assert library_tokenizer(tmp_path).decode(ids, skip_special_tokens=True) == f"trace{marker}42"
 
 
 def test_a_flag_overrides_what_is_saved_and_the_paper_is_the_default(tmp_path):
