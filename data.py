@@ -174,6 +174,11 @@ class Tokenizer:
 
 
 def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    if not file.parent.is_dir():
+        raise InputError(
+            f"{file.parent}: no such directory; for a model of the hub, first "
+            "`hf download ORGANISATION/NAME --local-dir DIR`, then --model DIR"
+        )
     if not file.exists():
         raise InputError(
             f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one"
@@ -351,7 +356,8 @@ def next_examples(
         if not examples and position - start >= 2 * len(pairs):
             raise InputError(
                 f"{pairs.path}: not one of its {len(pairs)} rows fits; "
-                "raise --max-prompt or --max-answer"
+                "raise --max-prompt or --max-answer, or lower --max-trace (prompt, trace and "
+                "answer share the model's max_position_embeddings)"
             )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1

@@ -63,7 +63,7 @@ from reward import (
 )
 from sample import Prefill, Trace, prefill, sample_traces
 from support import distributed
-from support.args import Args, parse_args
+from support.args import Args, hops_defaults, parse_args
 from support.checkpoint import (
     load_progress,
     newest_checkpoint,
@@ -341,7 +341,7 @@ def train(args: Args) -> None:
     distributed.on_first_rank(lambda: open_run(out, asdict(args)))
     log = Log(out, args.steps, last_step=step)
     size = f"{parameters / 1e6:.1f}M parameters"
-    log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n")
+    log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n{hops_defaults(args)}")
     if step == 0 and held_out:
         log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
 
@@ -411,7 +411,7 @@ def train(args: Args) -> None:
 
 
 def main() -> None:
-    train(parse_args(sys.argv[1:], __doc__.split("\n")[0]))
+    train(parse_args(sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The defaults suit the task in examples/hops on a CPU; the paper's values are in parentheses.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -18,9 +19,19 @@ def arg(default: object, reason: str, choices: Sequence[str] | None = None) -> o
     return field(default=default, metadata={"help": reason, "choices": choices})
 
 
+# The first flag of each section of --help.
+SECTIONS = {
+    "model": "model and data",
+    "steps": "method",
+    "lr": "optimisation",
+    "dtype": "memory and device",
+    "out": "run",
+}
+
+
 @dataclass
 class Args:
-    """Every flag of train.py."""
+    """Every flag of train.py. InputError for values that cannot work."""
 
     # model and data
     model: str = arg("examples/hops/base", "Hugging Face directory to start from")
@@ -141,33 +152,55 @@ class Args:
     save_every: int = arg(10, "steps between checkpoints; also after the last step")
     keep: int = arg(2, "checkpoints kept")
 
+    def __post_init__(self) -> None:
+        if self.data != Args.data and self.eval_data == Args.eval_data:
+            self.eval_data = ""  # the embedded test set says nothing about other data
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.prompt_format:
+            self.prompt_format = self.prompt_format.replace("\\n", "\n")
+        check_args(self)
 
-def parse_args(argv: Sequence[str], description: str) -> Args:
-    """Args from the command line. InputError for what cannot work."""
-    parser = OneLineParser(description=description)
+
+def parse_args(argv: Sequence[str], doc: str) -> Args:
+    """Args from the command line. doc: the command's docstring, for --help."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    summary, command, examples = doc.partition("\n    python ")
+    parser = OneLineParser(
+        description=summary.split("\n")[0], epilog=command + examples, formatter_class=formatter
+    )
     for f in fields(Args):
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
         flag = "--" + f.name.replace("_", "-")
         text = f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            section.add_argument(flag, action="store_true", help=text)
             continue
-        text += f" (default: {f.default})"
-        parser.add_argument(
+        text += "" if f.default is None else f" (default: {f.default})"
+        section.add_argument(
             flag,
             type=f.type if isinstance(f.type, type) else str,
             default=f.default,
             choices=f.metadata["choices"],
             help=text.replace("%", "%%"),
         )
-    args = Args(**vars(parser.parse_args(argv)))
-    if args.data != Args.data and args.eval_data == Args.eval_data:
-        args.eval_data = ""  # the embedded test set says nothing about other data
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.prompt_format:
-        args.prompt_format = args.prompt_format.replace("\\n", "\n")
-    check_args(args)
-    return args
+    return Args(**vars(parser.parse_args(argv)))
+
+
+def hops_defaults(args: Args) -> str:
+    """A line of warning where another model meets defaults that are meant for examples/hops."""
+    paper = {"lr": "2e-6", "max_trace": "2048", "questions": "256"}  # for 3B to 8B
+    kept = [name for name in paper if getattr(args, name) == getattr(Args, name)]
+    if args.model == Args.model or not kept:
+        return ""
+    ours = " ".join(flag_of(args, name) for name in kept)
+    theirs = " ".join(f"--{name.replace('_', '-')} {paper[name]}" for name in kept)
+    return f"note: {ours} suits examples/hops; for 3B to 8B the paper takes {theirs}\n"
+
+
+def flag_of(args: Args, name: str) -> str:
+    return f"--{name.replace('_', '-')} {getattr(args, name)}"
 
 
 AT_LEAST = {
@@ -221,5 +254,5 @@ def check_args(args: Args) -> None:
 def require(condition: bool, args: Args, names: list[str], text: str) -> None:
     """InputError unless the condition holds: the flags as they were given, then the text."""
     if not condition:
-        flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
-        raise InputError(" ".join(flags).replace(" True", "") + f": {text}")
+        flags = " ".join(flag_of(args, name) for name in names)
+        raise InputError(flags.replace(" True", "") + f": {text}")

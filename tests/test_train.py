@@ -25,10 +25,10 @@ from model import KEEP, Config, Transformer
 from reward import FrozenNull, Scores, log_ratio, score
 from sample import Trace, prefill, sample_traces
 from support import distributed
-from support.args import Args, parse_args
+from support.args import Args, hops_defaults, parse_args
 from support.checkpoint import command_of
 from support.distributed import gathered_view, reduce_gradients
-from support.errors import TrainingError
+from support.errors import InputError, TrainingError
 from support.metrics import question_figures, step_figures
 from support.weights import load_model, save_model
 from train import (
@@ -753,6 +753,32 @@ def test_the_command_that_a_run_prints_makes_the_same_run():
     assert parse_args(words[2:], "") == args
 
 
+def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"], train_module.__doc__)
+    shown = capsys.readouterr().out
+    sections = ["model and data:", "method:", "optimisation:", "memory and device:", "run:"]
+    assert [line for line in shown.splitlines() if line in sections] == sections
+    commands = [line for line in shown.splitlines() if line.startswith("    python train.py")]
+    assert len(commands) == 3 and "torchrun" in shown
+
+
+def test_args_made_in_python_are_those_of_the_command_line():
+    made = Args(data="mine.jsonl", prompt_format="Q: {question}\\nA:")
+    flags = ["--data", "mine.jsonl", "--prompt-format", "Q: {question}\\nA:"]
+    assert made == parse_args(flags, "")
+    assert made.eval_data == "" and made.device != "auto" and "\n" in made.prompt_format
+    with pytest.raises(InputError, match="--questions"):
+        Args(questions=5, updates=2)
+
+
+def test_another_model_under_the_embedded_tasks_defaults_is_told_the_papers():
+    assert hops_defaults(Args()) == hops_defaults(Args(lr=1e-3)) == ""
+    said = hops_defaults(Args(model="DIR", questions=64))
+    assert "--lr 0.0002 --max-trace 48 suits" in said and "--lr 2e-6 --max-trace 2048\n" in said
+    assert hops_defaults(Args(model="DIR", questions=64, lr=2e-6, max_trace=512)) == ""
+
+
 def test_every_flag_is_used():
     """A flag that does nothing is a lie."""
     files = ("train.py", "support/checkpoint.py")
@@ -892,11 +918,13 @@ def refusal(capsys, *argv: str) -> str:
         (["--clip-null", "--aggregator", "r3"], "--clip-null"),
         (["--resume", "--overwrite"], "--resume"),
         (["--model", "nowhere"], "nowhere"),
+        (["--model", "meta-llama/Llama-3.2-1B"], "hf download"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--marker", "<end>"], "<end>"),
         (["--prompt-format", "no place"], "{question}"),
         (["--max-prompt", "3"], "--max-prompt"),
+        (["--max-trace", "5000"], "--max-trace"),
         (["--activation-checkpointing", "some"], "--activation-checkpointing"),
     ],
 )
