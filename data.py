@@ -16,7 +16,11 @@ Traces stay token ids: text that is decoded and tokenized again may come out as 
 what is scored is not what was sampled.
 """
 
+import hashlib
 import json
+import math
+import re
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,13 +29,18 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from support.errors import InputError
+from support.errors import InputError, require
+from support.files import check_fields, is_file, read_json, write_json
 
 MARKER = "<|response_start|>"  # the paper's
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
 
 # Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
 RESERVED = ("reserved", "unused", "[control_", "<special_")
+
+
+# Files of a model directory that other software reads beside tokenizer.json, copied with it.
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 # ---- tokenizer
@@ -52,62 +61,91 @@ class Tokenizer:
         self, path: str | Path, marker: str | None = None, prompt_format: str | None = None
     ) -> None:
         self.path = Path(path)
-        saved = self.read("nrt.json")
+        # All files are read here: a run may outlive the directory it began from.
+        config = read_json(self.path / "config.json", {"vocab_size": (int, 1, None)})
+        self.files = {name: read_json(self.path / name) for name in SIDE_FILES}
+        text = (str, None, None)
+        saved = read_json(self.path / "nrt.json", {"marker": text, "prompt_format": text})
+        self.trained_marker: str | None = saved.get("marker")  # None: not trained here
         self.marker = marker or saved.get("marker") or MARKER
         self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
-        if "{question}" not in self.prompt_format:
-            raise InputError(f"--prompt-format {self.prompt_format!r} lacks {{question}}")
+        for flag, value in (("marker", self.marker), ("prompt-format", self.prompt_format)):
+            require(is_text(value), f"--{flag} {value!r} is not text (of {self.path}/nrt.json?)")
+        has_question = "{question}" in self.prompt_format
+        require(has_question, f"--prompt-format {self.prompt_format!r} lacks {{question}}")
         self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
-        self.eos_ids = self.find_eos()
-        self.eos: str = self.model.id_to_token(self.eos_ids[0]) or ""
+        self.eos_ids = self.find_eos(config)
+        self.eos: str = self.model.id_to_token(self.eos_ids[0])
         # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
 
         # A new marker needs a new row of the embedding. A reserved one has a row that was never
         # trained, unless nrt.json says that this model was trained with it.
-        self.marker_is_new = self.model.token_to_id(self.marker) is None
+        rows = config.get("vocab_size") or math.inf  # of the embedding
+        known = self.model.token_to_id(self.marker)
+        self.marker_is_new = known is None or known >= rows
         unused_name = any(part in self.marker.lower() for part in RESERVED)
         self.marker_is_reserved = unused_name and self.marker != saved.get("marker")
-        if self.marker_is_new:
-            token = tokenizers.AddedToken(self.marker, special=True, normalized=False)
-            self.model.add_special_tokens([token])
+        if known is None:
+            token = tokenizers.AddedToken(self.marker, special=False, normalized=False)
+            self.model.add_tokens([token])
         self.marker_id: int = self.model.token_to_id(self.marker)
-        if self.marker_id in self.eos_ids:
-            raise InputError(
-                f"--marker {self.marker!r} is an eos token of {self.path / 'tokenizer.json'}: "
-                "it cannot start the answer and end it"
-            )
+        # Software that drops special tokens from its text could not tell the answer from the trace.
+        self.model = with_ordinary_token(self.model, self.marker_id)
+        require(
+            self.marker_id not in self.eos_ids,
+            f"--marker {self.marker!r} is an eos token of {self.path / 'tokenizer.json'}: "
+            "it cannot start the answer and end it",
+        )
         # A special token within a trace would start another turn or end the text.
         added = self.model.get_added_tokens_decoder()
         special = {token for token, entry in added.items() if entry.special}
         self.cut_ids = sorted((special | set(self.eos_ids)) - {self.marker_id})
+        if self.marker_is_new:
+            rows = max(rows, self.marker_id + 1)  # the embedding grows
+        self.check_ids(rows)
+        # Special tokens that a text spells out become tokens, as other software has it too.
+        # Tokens without a row are refused (Pairs): of added ones a model may have fewer.
+        self.without_row = {entry.content for token, entry in added.items() if token >= rows}
+        names = {entry.content for token, entry in added.items() if token in special}
+        names |= {self.marker} if self.marker_id in added else set()
+        pattern = "|".join(re.escape(name) for name in sorted(names | self.without_row, key=len))
+        self.spelled_out = re.compile(pattern or r"(?!)")
 
-    def read(self, name: str) -> dict:
-        """The object in the directory's JSON file `name`; {} if there is no such file."""
-        file = self.path / name
-        try:
-            value = json.loads(file.read_text()) if file.exists() else {}
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: not readable as JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{file}: holds a {type(value).__name__}, it should be an object")
-        return value
+    def check_ids(self, rows: float) -> None:
+        """InputError if a token that any text may need has no row in the embedding."""
+        needed = [*self.eos_ids[:1], *self.prefix]
+        needed += self.model.get_vocab(with_added_tokens=False).values()
+        highest = max(needed)
+        require(
+            highest < rows,
+            f"{self.path / 'tokenizer.json'}: has a token {highest}, config.json says vocab_size "
+            f"{rows}: the model is not this tokenizer's",
+        )
 
-    def find_eos(self) -> list[int]:
+    def find_eos(self, config: dict) -> list[int]:
         """All eos ids: tokenizer_config.json names the first, the model's configs may add more."""
-        named = self.read("tokenizer_config.json").get("eos_token")
+        file = self.path / "tokenizer_config.json"
+        named = self.files[file.name].get("eos_token")
         if isinstance(named, dict):  # an AddedToken written as an object
             named = named.get("content")
+        check_fields({"eos_token": named}, {"eos_token": (str, None, None)}, file)
         found = [] if named is None else [self.model.token_to_id(named)]
-        for name in ("generation_config.json", "config.json"):
-            ids = self.read(name).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
+        generation = self.files["generation_config.json"]
+        for name, values in (("generation_config.json", generation), ("config.json", config)):
+            ids = values.get("eos_token_id")
+            for token in ids if isinstance(ids, list) else [ids]:
+                where = self.path / name
+                check_fields({"eos_token_id": token}, {"eos_token_id": (int, 0, 2**31)}, where)
+                found.append(token)
         found = [token for token in found if token is not None]
-        if not found:
-            raise InputError(
-                f"{self.path}: no eos token: neither tokenizer_config.json (eos_token) "
-                "nor config.json (eos_token_id) names one"
-            )
+        require(
+            bool(found),
+            f"{self.path}: no eos token: neither tokenizer_config.json (eos_token) "
+            "nor config.json (eos_token_id) names one",
+        )
+        known = self.model.id_to_token(found[0]) is not None
+        require(known, f"{self.path}: eos is token {found[0]}, which tokenizer.json does not have")
         return list(dict.fromkeys(found))  # without duplicates, in this order
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -127,25 +165,27 @@ class Tokenizer:
 
         With it go nrt.json (marker, prompt format), a chat template that makes the prompts that
         `render` makes, and the other files of the directory that tokenizers and samplers read.
-        The marker is written as a token that is not special: other software drops special tokens
-        from its text, and could not tell the answer from the trace.
         """
         path = Path(path)
-        for name in ("special_tokens_map.json", "generation_config.json"):
-            if (self.path / name).exists():
-                (path / name).write_bytes((self.path / name).read_bytes())
-        made = json.loads(self.model.to_str())
-        described = self.read("tokenizer_config.json") | {"chat_template": self.chat_template()}
-        described_tokens = described.get("added_tokens_decoder", {})
-        for token in made["added_tokens"]:
-            if token["id"] == self.marker_id:
-                token["special"] = False
-                described_tokens.get(str(self.marker_id), {})["special"] = False
-        text = json.dumps(made, indent=2, ensure_ascii=False)
-        (path / "tokenizer.json").write_text(text)
-        (path / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        described = self.files["tokenizer_config.json"] | {"chat_template": self.chat_template()}
+        described.get("added_tokens_decoder", {}).get(str(self.marker_id), {})["special"] = False
+        for name, values in (self.files | {"tokenizer_config.json": described}).items():
+            if values:
+                write_json(path / name, values)
+        self.model.save(str(path / "tokenizer.json"))
         ours = {"marker": self.marker, "prompt_format": self.prompt_format}
-        (path / "nrt.json").write_text(json.dumps(ours, indent=2) + "\n")
+        write_json(path / "nrt.json", ours)
+
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether both make the same tokens of every row."""
+        return all(
+            [
+                self.model.to_str() == other.model.to_str(),
+                self.eos_ids == other.eos_ids,
+                self.marker == other.marker,
+                self.prompt_format == other.prompt_format,
+            ]
+        )
 
     def chat_template(self) -> str:
         """`encode_prompt(render(...))` as the Jinja template that other software applies.
@@ -179,18 +219,38 @@ def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
             f"{file.parent}: no such directory; for a model of the hub, first "
             "`hf download ORGANISATION/NAME --local-dir DIR`, then --model DIR"
         )
-    if not file.exists():
-        raise InputError(
-            f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one"
-        )
+    found = is_file(file)
+    require(found, f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
+        # Some published files contain the padding and truncation that a training run used.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("A text: 1, 2 é \n")  # some mistakes show only here
+    except BaseException as error:  # the library raises bare Exceptions, and panics
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise InputError(f"{file}: not a tokenizer: {error}") from None
-    # Some published files contain the padding and truncation that a training run used.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return tokenizer
+
+
+def is_text(text: str) -> bool:
+    """Python's and JSON's strings may hold half a character, a tokenizer's do not."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def with_ordinary_token(tokenizer: tokenizers.Tokenizer, token: int) -> tokenizers.Tokenizer:
+    """The same tokenizer, in which `token` is not special: decoding never drops it."""
+    entry = tokenizer.get_added_tokens_decoder().get(token)
+    if entry is None or not entry.special:
+        return tokenizer
+    made = json.loads(tokenizer.to_str())
+    for added in made["added_tokens"]:
+        added["special"] &= added["id"] != token
+    return tokenizers.Tokenizer.from_str(json.dumps(made))
 
 
 def literal(text: str) -> str:
@@ -199,6 +259,10 @@ def literal(text: str) -> str:
 
 
 # ---- rows
+MAX_ROW = 2**26  # bytes of a line
+MAX_CHARS = 100  # of a token, on average over a text; English has 4
+
+
 @dataclass(frozen=True)
 class Example:
     """One question-answer pair as token ids."""
@@ -215,30 +279,68 @@ class Pairs:
 
     Every row is checked at the start: otherwise a bad row at line 150,000 would end a run after
     hours of training. InputError names file and line. Blank lines are skipped.
+
+    Attributes:
+        digest        of all rows: with the same digest, a row number means the same row
+        spelled_out   rows whose text spells out a special token, which then becomes that token
+        early_eos     answers of which an eos is not the end: they teach to stop there
     """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        max_prompt: int | None = None,
+        max_answer: int | None = None,
+    ) -> None:
+        """max_prompt, max_answer: tokens. A text with more than MAX_CHARS for each is not tokenized
+        but counts as too long: tokenizing takes 200 times its memory."""
         self.path = Path(path)
         self.tokenizer = tokenizer
-        try:
-            self.file = open(self.path, "rb")
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}") from None
-        offsets = []
+        self.spelled_out = self.early_eos = 0
+        self.too_long: set[int] = set()  # row numbers
+        most_prompt = MAX_CHARS * (max_prompt or MAX_ROW)
+        most_answer = MAX_CHARS * (max_answer or MAX_ROW)
+        require(is_file(self.path), f"{self.path}: No such file or directory")
+        digest = hashlib.blake2b(digest_size=16)
+        offsets = array("q")
         offset = 0  # of the line, in bytes
-        for number, line in enumerate(self.file, start=1):
+        number = 0
+        self.file = open(self.path, "rb")
+        while line := self.file.readline(MAX_ROW + 1):
+            number += 1
+            where = f"{self.path}:{number}"
+            require(len(line) <= MAX_ROW, f"{where}: has more than {MAX_ROW} bytes")
             if line.strip():
-                parse_row(line, f"{self.path}:{number}")
+                turns, gold = parse_row(line, where)
+                if sum(map(len, turns)) > most_prompt or len(gold) > most_answer:
+                    self.too_long.add(len(offsets))
+                self.count_special(turns, gold, where)
+                digest.update(line)
                 offsets.append(offset)
             offset += len(line)
-        if not offsets:
-            raise InputError(f"{self.path}: holds no rows")
-        self.offsets = np.array(offsets)
+        require(bool(offsets), f"{self.path}: holds no rows")
+        self.offsets = np.frombuffer(offsets, dtype=np.int64)
+        self.digest = digest.hexdigest()
+
+    def count_special(self, turns: list[str], gold: str, where: str) -> None:
+        search = self.tokenizer.spelled_out.search
+        if not any(search(text) for text in (*turns, gold)):
+            return
+        self.spelled_out += 1
+        eos = self.tokenizer.eos
+        self.early_eos += eos in gold.removesuffix(eos)
+        for text in self.tokenizer.without_row:
+            found = any(text in turn for turn in (*turns, gold))
+            require(not found, f"{where}: holds {text!r}, a token without a row in the embedding")
 
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example | None:
+        """None: the row is too long to be tokenized."""
+        if index in self.too_long:
+            return None
         self.file.seek(self.offsets[index])
         turns, gold = parse_row(self.file.readline(), f"{self.path}, row {index}")
         text = render(turns, self.tokenizer.prompt_format, self.tokenizer.eos)
@@ -262,12 +364,10 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
             "a row should be an object with question and answer"
         )
     turns = parse_messages(row["messages"], where) if "messages" in row else parse_pair(row, where)
-    try:
-        "".join(turns).encode()
-    except UnicodeEncodeError:  # JSON and str may hold such text, tokenizers do not
-        raise InputError(
-            f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
-        ) from None
+    if not line.isascii() or b"\\u" in line:
+        text = "".join(turns)
+        half = f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
+        require(not text or is_text(text), half)
     *turns, gold = [text.strip() for text in turns]
     if not gold:
         raise InputError(f"{where}: the answer is empty")
@@ -361,7 +461,7 @@ def next_examples(
             )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1
-        if fits(example):
+        if example is not None and fits(example):
             examples.append(example)
     return examples, position, position - start - count
 

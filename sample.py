@@ -420,11 +420,11 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
         raise InputError(f"--seed is {args.seed}, it should be 0 or more")
     prompt_format = args.prompt_format and args.prompt_format.replace("\\n", "\n")
     tokenizer = Tokenizer(args.model, args.marker, prompt_format)
-    trained = tokenizer.read("nrt.json")
-    if tokenizer.marker_is_new and trained:
+    trained_marker = tokenizer.trained_marker
+    if tokenizer.marker_is_new and trained_marker:
         raise InputError(
             f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: "
-            f"this model was trained with {trained.get('marker')!r}"
+            f"this model was trained with {trained_marker!r}"
         )
     if tokenizer.marker_is_new and not untrained:
         raise InputError(

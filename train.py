@@ -41,7 +41,6 @@ The flags are described in support/args.py.
 
 import math
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -63,17 +62,19 @@ from reward import (
 )
 from sample import Prefill, Trace, prefill, sample_traces
 from support import distributed
-from support.args import Args, hops_defaults, parse_args
+from support.args import Args, check_args, hops_defaults, parse_args
 from support.checkpoint import (
+    check_run,
+    check_same_input,
+    is_finished,
     load_progress,
-    newest_checkpoint,
     open_run,
     save_checkpoint,
     save_final,
 )
 from support.errors import TrainingError, exit_on_bad_input
 from support.metrics import Clock, Log, question_figures, step_figures
-from support.weights import load_model
+from support.weights import load_model, stored_dtypes
 
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
 RATIO_RANGE = (0.8, 1.28)  # of the importance ratio; looser above: unlikely tokens can gain (DAPO)
@@ -305,11 +306,12 @@ def update(
 # ---- the loop
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
+    check_args(args)
     distributed.start(args.device)
     if distributed.any_restarted():  # torchrun --max-restarts: continue the same run
         args.resume, args.overwrite = True, False
     out = Path(args.out)
-    checkpoint = newest_checkpoint(out) if args.resume else None
+    checkpoint = distributed.on_first_rank(lambda: check_run(out, args))
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     marker = tokenizer.marker_id
     pairs = Pairs(args.data, tokenizer)
@@ -319,6 +321,7 @@ def train(args: Args) -> None:
     # model: fp32, sharded over the ranks, updated by AdamW. policy: whole, in --dtype; it samples,
     # scores and collects gradients. In a single fp32 process both are the same object.
     if checkpoint:
+        check_same_input(checkpoint, pairs, tokenizer)
         model = distributed.load_sharded(checkpoint, args.device)
     else:
         model = initial_model(args, tokenizer)
@@ -334,11 +337,14 @@ def train(args: Args) -> None:
         torch.set_num_threads(1)
     optimizer = make_optimizer(model, args)
     step, position = load_progress(checkpoint, model, optimizer) if checkpoint else (0, 0)
+    if is_finished(out, step, args.steps):
+        return distributed.stop()
     row_fits = partial(fits, args, model.config)
     next_examples(pairs, position, 1, args.seed, row_fits)  # refuses data without a row that fits
 
     # The input is read and usable: files are written only from here on.
-    distributed.on_first_rank(lambda: open_run(out, asdict(args)))
+    dtypes = stored_dtypes(args.model)  # of final/
+    distributed.on_first_rank(lambda: open_run(out, args))
     log = Log(out, args.steps, last_step=step)
     size = f"{parameters / 1e6:.1f}M parameters"
     log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n{hops_defaults(args)}")
@@ -401,9 +407,11 @@ def train(args: Args) -> None:
                 f"none of these updates was applied, see {out}"
             )
         if step % args.save_every == 0 or step == args.steps:
-            save_checkpoint(out, step, position, model, tokenizer, optimizer, args.keep)
+            save_checkpoint(
+                out, step, position, pairs.digest, model, tokenizer, optimizer, args.keep
+            )
 
-    save_final(out, model, tokenizer, args.model)
+    save_final(out, model, tokenizer, dtypes)
     final = out / "final"
     log.print(f"wrote {final}, a Hugging Face directory; try:")
     log.print(f"python sample.py --model {final} --question ...")

@@ -4,8 +4,10 @@ The defaults suit the task in examples/hops on a CPU; the paper's values are in 
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ from aggregate import AGGREGATORS, declares, find_aggregator, sees_text
 from model import KEEP
 from support.distributed import world_size
 from support.errors import InputError, OneLineParser
+from support.files import read_json
+from support.weights import check_device
 
 
 def arg(default: object, reason: str, choices: Sequence[str] | None = None) -> object:
@@ -31,7 +35,7 @@ SECTIONS = {
 
 @dataclass
 class Args:
-    """Every flag of train.py. InputError for values that cannot work."""
+    """Every flag of train.py."""
 
     # model and data
     model: str = arg("examples/hops/base", "Hugging Face directory to start from")
@@ -159,7 +163,6 @@ class Args:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.prompt_format:
             self.prompt_format = self.prompt_format.replace("\\n", "\n")
-        check_args(self)
 
 
 def parse_args(argv: Sequence[str], doc: str) -> Args:
@@ -172,7 +175,7 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
     for f in fields(Args):
         if f.name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[f.name])
-        flag = "--" + f.name.replace("_", "-")
+        flag = flag_of(f.name)
         text = f.metadata["help"]
         if f.type is bool:
             section.add_argument(flag, action="store_true", help=text)
@@ -185,7 +188,16 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
             choices=f.metadata["choices"],
             help=text.replace("%", "%%"),
         )
-    return Args(**vars(parser.parse_args(argv)))
+    args = Args(**vars(parser.parse_args(argv)))
+    saved = saved_args(args.out) if args.resume else None
+    if saved:  # the flags that are not given are the run's, not today's defaults
+        kept = vars(saved) | {"resume": True, "overwrite": False}
+        if saved.aggregator not in AGGREGATORS:
+            kept.pop("aggregator")  # a file of code: only the command line can ask to run it
+        parser.set_defaults(**kept)
+        args = Args(**vars(parser.parse_args(argv)))
+    check_args(args)
+    return args
 
 
 def hops_defaults(args: Args) -> str:
@@ -194,39 +206,88 @@ def hops_defaults(args: Args) -> str:
     kept = [name for name in paper if getattr(args, name) == getattr(Args, name)]
     if args.model == Args.model or not kept:
         return ""
-    ours = " ".join(flag_of(args, name) for name in kept)
-    theirs = " ".join(f"--{name.replace('_', '-')} {paper[name]}" for name in kept)
+    ours = " ".join(f"{flag_of(name)} {getattr(args, name)}" for name in kept)
+    theirs = " ".join(f"{flag_of(name)} {paper[name]}" for name in kept)
     return f"note: {ours} suits examples/hops; for 3B to 8B the paper takes {theirs}\n"
 
 
-def flag_of(args: Args, name: str) -> str:
-    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+# ---- a run that goes on
+# What may differ from the run's args.json when it is resumed; the rest makes it another run.
+MAY_CHANGE = (
+    "out resume overwrite steps lr warmup eval_data eval_every eval_questions save_every keep "
+    "device micro_traces activation_checkpointing decode_rows"
+).split()
 
 
+def saved_args(out: str | Path) -> Args | None:
+    """The flags in the args.json of a run's folder; None if there is no such file.
+
+    InputError if this program cannot have written it.
+    """
+    file = Path(out) / "args.json"
+    values = read_json(file, {f.name: (kind_of(f), None, None) for f in fields(Args)})
+    if not values:
+        return None
+    try:
+        saved = Args(**values)
+        check_args(saved, on_this_machine=False)
+    except TypeError:
+        raise InputError(f"{file}: not the flags of a run of this program") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return saved
+
+
+def kind_of(f: object) -> type:
+    return f.type if isinstance(f.type, type) else str  # str | None
+
+
+def check_same_run(args: Args, saved: Args) -> None:
+    """InputError for a flag that would make the run that is resumed another one."""
+    for f in fields(Args):
+        before, now = getattr(saved, f.name), getattr(args, f.name)
+        if f.name not in MAY_CHANGE and before != now:
+            raise InputError(
+                f"{flag_of(f.name)} {now}: the run in {args.out} has {before}, and --resume keeps "
+                "it (if the files have only moved: change its args.json)"
+            )
+
+
+# ---- checks
 AT_LEAST = {
     0: "traces micro_traces decode_rows seed lr warmup weight_decay beta2 eps null_loss "
     "marker_weight",
     1: "steps questions updates max_trace max_prompt max_answer eval_every eval_questions "
     "save_every keep",
 }
+MOST = 10**12  # of any number; the step below keeps what memory would not hold
+MOST_TOKENS = 10**9  # of a step's traces, which are lists in Python
 
 
-def check_args(args: Args) -> None:
+def check_args(args: Args, on_this_machine: bool = True) -> None:
     """InputError naming the flag that cannot work, before anything is read or written."""
     for least, names in AT_LEAST.items():
         for name in names.split():
-            require(getattr(args, name) >= least, args, [name], f"should be at least {least}")
-    try:
-        find_aggregator(args.aggregator)
-    except ValueError as error:
-        raise InputError(f"--aggregator {error}") from None
+            value = getattr(args, name)
+            require(value >= least, args, [name], f"should be at least {least}")
+            require(value <= MOST, args, [name], f"should be at most {MOST}")
+    step = args.questions * max(1, args.traces) * args.max_trace
+    names, text = ["questions", "traces", "max_trace"], f"{step} tokens a step are too many"
+    require(step <= MOST_TOKENS, args, names, text)
+    require(args.out != "", args, ["out"], "a folder is needed")
+    for f in fields(Args):
+        choices, value = f.metadata["choices"], getattr(args, f.name)
+        require("\0" not in str(value), args, [f.name], "no name has a NUL")
+        require(not choices or value in choices, args, [f.name], f"should be one of {choices}")
     for name in ("temperature", "grad_clip"):
-        require(getattr(args, name) > 0, args, [name], "should be above 0")
+        positive = 0 < getattr(args, name) < math.inf
+        require(positive, args, [name], "should be a number above 0")
     require(args.beta2 < 1, args, ["beta2"], "should be below 1")
     require(args.warmup <= 1, args, ["warmup"], "should be at most 1")
-    ranks = f" on each of {world_size()} processes" if world_size() > 1 else ""
+    processes = world_size() if on_this_machine else 1
+    ranks = f" on each of {processes} processes" if processes > 1 else ""
     require(
-        args.questions % (args.updates * world_size()) == 0,
+        args.questions % (args.updates * processes) == 0,
         args,
         ["questions", "updates"],
         f"the questions do not divide into equal shares, one per update{ranks}",
@@ -247,12 +308,21 @@ def check_args(args: Args) -> None:
         require(by_itself, args, ["clip_null", "aggregator"], text)
     text = "they contradict each other"
     require(not (args.resume and args.overwrite), args, ["resume", "overwrite"], text)
-    here = args.device == "cpu" or torch.cuda.is_available()
-    require(here, args, ["device"], "no such device here; cpu is")
+    if not on_this_machine:
+        return
+    check_device(args.device)
+    try:
+        find_aggregator(args.aggregator)
+    except ValueError as error:
+        raise InputError(f"--aggregator {error}") from None
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def require(condition: bool, args: Args, names: list[str], text: str) -> None:
     """InputError unless the condition holds: the flags as they were given, then the text."""
     if not condition:
-        flags = " ".join(flag_of(args, name) for name in names)
-        raise InputError(flags.replace(" True", "") + f": {text}")
+        flags = [f"{flag_of(name)} {getattr(args, name)}" for name in names]
+        raise InputError(" ".join(flags).replace(" True", "") + f": {text}")

@@ -118,17 +118,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def on_first_rank(action: Callable[[], None]) -> None:
-    """Rank 0 acts, the others wait. If it raises InputError, every rank does."""
-    refusal = None
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Rank 0 acts, the others wait -> its result. If it raises InputError, every rank does."""
+    result = refusal = None
     if rank() == 0:
         try:
-            action()
+            result = action()
         except InputError as error:
             refusal = str(error)
-    refusal = gather_objects(refusal)[0]
+    refusal, result = gather_objects((refusal, result))[0]
     if refusal:
         raise InputError(refusal)
+    return result
 
 
 # ---- which questions are whose

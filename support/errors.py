@@ -9,9 +9,12 @@ traceback for a typing error, while tests and library users catch InputError lik
 import argparse
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+
+LINE = 1000  # characters of an error; a file may hold a value of any length
 
 
 class InputError(ValueError):
@@ -22,31 +25,64 @@ class TrainingError(RuntimeError):
     """The run cannot go on, though its input was fine (the loss stays NaN, say). One line."""
 
 
-def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
-    """InputError becomes one line and exit code 2, TrainingError one line and exit code 1.
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended the run. One line that says how to go on, and the signal."""
 
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
+    """Errors that are no bugs become one line and an exit code.
+
+    InputError 2; TrainingError and OSError (the disk is full, say) 1; a signal 128 + its number.
     Any other exception is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        for stream in (sys.stdout, sys.stderr):  # the locale may have no letter for a question's
+            stream.reconfigure(errors="backslashreplace")
         try:
             main()
         except InputError as error:
             sys.exit(print_line(error, 2))
-        except TrainingError as error:
+        except (TrainingError, OSError) as error:
             sys.exit(print_line(error, 1))
+        except Interrupted as stop:
+            sys.exit(print_line(stop, 128 + stop.number, "stopped: "))
+        except KeyboardInterrupt:
+            sys.exit(print_line("Ctrl-C", 128 + signal.SIGINT, "stopped: "))
 
     return wrapped
 
 
-def print_line(error: Exception, code: int) -> int:
+def print_line(error: object, code: int, begin: str = "error: ") -> int:
     if int(os.environ.get("LOCAL_RANK", 0)):
         # The first rank of a machine prints first, and its exit usually ends this process within
         # the pause. What only this rank has met (a file missing in its view) is printed after it.
         time.sleep(5)
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    text = printable(" ".join(str(error).split()))
+    print(begin + (text if len(text) <= LINE else text[:LINE] + " ..."), file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: of the control characters only newline and tab stay what they are.
+
+    A model's answer or a file's name could move the cursor, rename the window or worse.
+    """
+    shown = []
+    for letter in text:
+        plain = letter.isprintable() or letter in "\n\t"
+        shown.append(letter if plain else letter.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -11,7 +11,6 @@ Nothing here knows of processes. A rank that holds a part of the rows of every t
 has both.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -23,9 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import LLAMA3_ROPE, Config, Transformer
-from support.errors import InputError
+from support.errors import InputError, require
+from support.files import check_fields, is_file, read_json, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
+# Types of tensors that are read, as safetensors names them. No others: integers and booleans are no
+# parameters, and 8-bit numbers need a scale that is stored elsewhere.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 # ---- config.json
 # Fields that change the computation in ways that are not implemented: only this value is accepted.
@@ -54,19 +62,27 @@ ABSENT = {
 # Fields of Config that config.json does not state: they follow from the model_type.
 IMPLIED = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
-# Fields that must be positive: their type, and whether config.json must have them.
-POSITIVE = {
-    "vocab_size": (int, True),
-    "hidden_size": (int, True),
-    "intermediate_size": (int, True),
-    "num_hidden_layers": (int, True),
-    "num_attention_heads": (int, True),
-    "num_key_value_heads": (int, False),
-    "head_dim": (int, False),
-    "sliding_window": (int, False),
-    "rms_norm_eps": (float, False),
-    "rope_theta": (float, False),
+# The other fields that are used: type, least and most value. The limits lie far beyond any model,
+# and keep a wrong number from filling the memory.
+FIELDS = {
+    "vocab_size": (int, 1, 10**8),
+    "hidden_size": (int, 1, 10**6),
+    "intermediate_size": (int, 1, 10**7),
+    "num_hidden_layers": (int, 1, 1000),
+    "num_attention_heads": (int, 1, 10**5),
+    "num_key_value_heads": (int, 1, 10**5),
+    "head_dim": (int, 1, 10**5),
+    "sliding_window": (int, 1, 10**9),
+    "max_position_embeddings": (int, 1, 10**9),
+    "rms_norm_eps": (float, 1e-30, 1),
+    "rope_theta": (float, 1, 1e15),
+    "tie_word_embeddings": (bool, None, None),
+    "layer_types": (list, None, None),
+    "rope_parameters": (dict, None, None),
+    "rope_scaling": (dict, None, None),
 }
+REQUIRED = list(FIELDS)[:5]
+ROPE_FIELDS = {name: (float, 1e-6, 1e15) for name in (*LLAMA3_ROPE, "rope_theta")}
 
 
 def read_config(path: str | Path) -> Config:
@@ -80,43 +96,36 @@ def read_config(path: str | Path) -> Config:
     values = {name: stated[name] for name in names if stated.get(name) is not None}
     if family != "mistral":
         values.pop("sliding_window", None)  # transformers ignores it elsewhere
-    rope_theta, rope_scaling = read_rope(source, file)
-    values["rope_theta"] = rope_theta
-    for name, (kind, required) in POSITIVE.items():
-        if required or name in values:
-            check_positive(values.get(name, source.get(name, "missing")), kind, name, file)
+    values["rope_theta"], rope_scaling = read_rope(source, file)
     config = Config(**values, **IMPLIED[family], rope_scaling=rope_scaling, source=source)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(
-            f"{file}: {config.num_attention_heads} query heads do not divide into "
-            f"{config.num_key_value_heads} key/value heads"
-        )
-    if config.head_dim % 2:
-        raise InputError(f"{file}: head_dim is {config.head_dim}, it should be even")
+    require(
+        config.num_attention_heads % config.num_key_value_heads == 0,
+        f"{file}: {config.num_attention_heads} query heads do not divide into "
+        f"{config.num_key_value_heads} key/value heads",
+    )
+    even = config.head_dim > 0 and config.head_dim % 2 == 0
+    require(even, f"{file}: head_dim is {config.head_dim}, it should be even")
     return config
 
 
 def read_source(file: Path) -> dict:
-    """config.json as it stands, once its model_type and the fields ACCEPTED are checked."""
-    try:
-        source = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; --model takes a Hugging Face directory") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(source, dict):
-        raise InputError(f"{file}: holds {source!r}, it should be an object")
+    """config.json as it stands, once its fields are checked and what is not implemented refused."""
+    source = read_json(file)
+    exists = bool(source) or is_file(file)
+    require(exists, f"{file}: no such file; --model takes a Hugging Face directory")
     family = source.get("model_type")
-    if family not in IMPLIED:
-        known = ", ".join(IMPLIED)
-        raise InputError(f"{file}: model_type {family!r} is not implemented; {known} are")
+    known = ", ".join(IMPLIED)
+    require(family in IMPLIED, f"{file}: model_type {family!r} is not implemented; {known} are")
     for name, accepted in ACCEPTED.items():
         value = source.get(name, accepted)
-        if value != accepted:
-            raise InputError(f"{file}: {name} = {value!r} is not implemented; only {accepted!r} is")
+        text = f"{file}: {name} = {value!r} is not implemented; only {accepted!r} is"
+        require(value == accepted, text)
+    check_fields(source, FIELDS, file)
+    for name in REQUIRED:
+        require(source.get(name) is not None, f"{file}: {name} is 'missing'")
     kinds = source.get("layer_types") or []
-    if any(kind != kinds[0] for kind in kinds):
-        raise InputError(f"{file}: layer_types that differ from layer to layer are not implemented")
+    same = all(kind == kinds[0] for kind in kinds)
+    require(same, f"{file}: layer_types that differ from layer to layer are not implemented")
     return source
 
 
@@ -127,26 +136,19 @@ def read_rope(source: dict, file: Path) -> tuple[float, dict | None]:
     rope_scaling.
     """
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(
-            f"{file}: rope_scaling (or rope_parameters) is {rope!r}, it should be an object"
-        )
+    check_fields(rope, ROPE_FIELDS, f"{file}: rope_scaling (or rope_parameters)")
     theta = rope.get("rope_theta") or source.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise InputError(f"{file}: rope type {kind!r} is not implemented; default and llama3 are")
+    require(
+        kind == "llama3", f"{file}: rope type {kind!r} is not implemented; default and llama3 are"
+    )
     for name in LLAMA3_ROPE:
-        check_positive(rope.get(name, "missing"), float, name, file)
+        require(rope.get(name) is not None, f"{file}: {name} of the rope is 'missing'")
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    require(low < high, f"{file}: low_freq_factor {low} should be below high_freq_factor {high}")
     return theta, {name: value for name, value in rope.items() if name != "rope_theta"}
-
-
-def check_positive(value: object, kind: type, name: str, file: Path) -> None:
-    types = int if kind is int else (int, float)
-    if not isinstance(value, types) or value <= 0:
-        noun = "integer" if kind is int else "number"
-        raise InputError(f"{file}: {name} is {value!r}, it should be a positive {noun}")
 
 
 def config_json(config: Config, dtype: torch.dtype) -> dict:
@@ -192,8 +194,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a directory by the parameter names of `model`, which may be an empty model.
 
-    rows: number of rows of a tensor -> the rows to read; the others stay on disk. None reads all:
-    where dtype and device are the file's, the result is its memory map, without a copy.
+    rows: number of rows of a tensor -> the rows to read; the others stay on disk. None reads all.
+    The result is a copy: a memory map would change with the file, or end the process with it.
     InputError names the tensor that is missing, misshapen, unreadable or unknown.
     """
     expected = {file_name(name): p.shape for name, p in model.named_parameters()}
@@ -204,12 +206,13 @@ def read_tensors(
                 for name in tensors.keys():
                     if is_redundant(name, model.config):
                         continue
-                    check_tensor(name, tensors.get_slice(name).get_shape(), expected, file)
+                    stored = tensors.get_slice(name)
+                    check_tensor(name, stored, expected, file)
                     if rows is None:
                         tensor = tensors.get_tensor(name)
                     else:
-                        tensor = tensors.get_slice(name)[rows(expected[name][0])]
-                    found[name] = tensor.to(device=device, dtype=dtype)
+                        tensor = stored[rows(expected[name][0])]
+                    found[name] = tensor.to(device=device, dtype=dtype, copy=True)
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{file}: not a readable safetensors file (truncated download?): {error}"
@@ -227,14 +230,15 @@ def is_redundant(name: str, config: Config) -> bool:
     return tied_head or name.endswith("rotary_emb.inv_freq")
 
 
-def check_tensor(name: str, shape: list[int], expected: dict[str, torch.Size], file: Path) -> None:
-    if name not in expected:
-        raise InputError(f"{file}: tensor {name} is not a parameter of the model in config.json")
-    if list(shape) != list(expected[name]):
-        raise InputError(
-            f"{file}: tensor {name} has shape {list(shape)}, "
-            f"config.json says {list(expected[name])}"
-        )
+def check_tensor(name: str, stored: object, expected: dict[str, torch.Size], file: Path) -> None:
+    """stored: a slice of safetensors, whose shape and type are known without reading it."""
+    known = name in expected
+    require(known, f"{file}: tensor {name} is not a parameter of the model in config.json")
+    shape, right = list(stored.get_shape()), list(expected[name])
+    require(shape == right, f"{file}: tensor {name} has shape {shape}, config.json says {right}")
+    kind = stored.get_dtype()
+    types = ", ".join(DTYPES)
+    require(kind in DTYPES, f"{file}: tensor {name} has type {kind}, it should be of {types}")
 
 
 def assign(model: Transformer, state: dict[str, Tensor]) -> Transformer:
@@ -254,53 +258,73 @@ def weight_files(path: Path) -> list[Path]:
     """The directory's safetensors files: those its index names, or the only one."""
     single = path / "model.safetensors"
     index = path / "model.safetensors.index.json"
-    if not index.exists():
-        if not single.exists():
-            raise InputError(f"{path}: neither {single.name} nor {index.name} is there")
+    if not is_file(index):
+        require(is_file(single), f"{path}: neither {single.name} nor {index.name} is there")
         return [single]
+    weight_map = read_json(index, {"weight_map": (dict, None, None)}).get("weight_map") or {}
+    require(bool(weight_map), f"{index}: no weight_map, which names the safetensors files")
+    for name in weight_map.values():
+        inside = isinstance(name, str) and name == Path(name).name and name != ".."
+        require(inside, f"{index}: weight_map holds {name!r}, it should hold names of files here")
+    files = [path / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        require(is_file(file), f"{file}: no such file, though {index.name} names it")
+    return files
+
+
+def stored_dtypes(path: str | Path) -> dict[str, torch.dtype]:
+    """The type of every tensor on disk, by its name. config.json's own claim is not always true."""
+    found = {}
+    for file in weight_files(Path(path)):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                kind = tensors.get_slice(name).get_dtype()
+                if kind in DTYPES:
+                    found[name] = DTYPES[kind]
+    return found
+
+
+def check_device(name: str) -> None:
+    """InputError unless torch can compute on it here."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index}: not an index of safetensors files: {error!r}") from None
-    for name in names:
-        if not (path / name).exists():
-            raise InputError(f"{path / name}: no such file, though {index.name} names it")
-    return [path / name for name in names]
-
-
-def stored_dtype(path: str | Path) -> torch.dtype:
-    """The dtype of the weights on disk. config.json's own claim is not always true."""
-    with safe_open(weight_files(Path(path))[0], framework="pt") as tensors:
-        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+        torch.empty(0, device=name)
+        usable = torch.device(name).type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):  # unknown, without a driver, or not compiled in
+        usable = False
+    require(usable, f"--device {name}: no such device here; cpu is")
 
 
 # ---- writing
 def save_model(
     model: Transformer,
     path: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     writes: bool = True,
 ) -> None:
     """Writes config.json and safetensors, several files and their index above `max_shard_bytes`.
 
-    dtype: None keeps that of each parameter. A tied head is written once, as the embedding.
+    dtype: one for all, or by the tensors' names in the file; None keeps that of each parameter. A
+    tied head is written once, as the embedding.
     whole: gathers a parameter that is split over ranks. Every rank must call then, with `writes`
     True on one of them. The tensors of one file at a time are whole in its memory.
     """
     path = Path(path)
     parameters = {file_name(name): p.detach() for name, p in model.named_parameters()}
-    sizes = {name: p.numel() * (dtype or p.dtype).itemsize for name, p in parameters.items()}
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    if isinstance(dtype, dict):
+        dtypes |= {name: kind for name, kind in dtype.items() if name in dtypes}
+    elif dtype:
+        dtypes = dict.fromkeys(parameters, dtype)
+    sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     shards = split_into_shards(sizes, max_shard_bytes)
     if writes:
         path.mkdir(parents=True, exist_ok=True)
     for file, names in shards.items():
         tensors = {}
         for name in names:
-            parameter = parameters[name]
-            tensor = whole(parameter.to(dtype or parameter.dtype))  # cast first: less to gather
+            tensor = whole(parameters[name].to(dtypes[name]))  # cast first: less to gather
             if writes:
                 tensors[name] = tensor.cpu().contiguous()
         if writes:
@@ -314,8 +338,8 @@ def save_model(
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(path / "model.safetensors.index.json", index)
-    first = next(iter(parameters.values()))
-    write_json(path / "config.json", config_json(model.config, dtype or first.dtype))
+    first = next(iter(dtypes.values()))
+    write_json(path / "config.json", config_json(model.config, first))
     for file in shards:  # safetensors makes files that only their owner may read
         shutil.copymode(path / "config.json", path / file)
 
@@ -334,7 +358,3 @@ def split_into_shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]
         return {"model.safetensors": shards[0]}
     count = len(shards)
     return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

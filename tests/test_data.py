@@ -301,6 +301,7 @@ def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(mark
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     described["added_tokens_decoder"] = {str(tokenizer.marker_id): {"special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    tokenizer = Tokenizer(tmp_path, marker=marker)
     tokenizer.save(tmp_path)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert described["added_tokens_decoder"] == {str(tokenizer.marker_id): {"special": False}}

@@ -16,15 +16,18 @@ MAY_IMPORT = {
     "kernels.logprob": "kernels.logprob_triton",
     "aggregate": "",
     "support.errors": "",
-    "support.weights": "model support.errors",
+    "support.files": "support.errors",
+    "support.weights": "model support.errors support.files",
     "support.distributed": "model support.errors support.weights",
-    "data": "support.errors",
+    "data": "support.errors support.files",
     "sample": "data kernels.logprob model support.errors support.weights",
     "reward": "data kernels.logprob model sample",
     "preflight": "aggregate data model reward sample",
     "evaluate": "data model preflight reward sample support.distributed support.errors",
-    "support.args": "aggregate model support.distributed support.errors",
-    "support.checkpoint": "data model support.distributed support.errors support.weights",
+    "support.args": "aggregate model support.distributed support.errors support.files "
+    "support.weights",
+    "support.checkpoint": "data model support.args support.distributed support.errors "
+    "support.files support.weights",
     "support.collapse": "",
     "support.metrics": "aggregate data reward sample support.collapse support.distributed",
     "train": "aggregate data evaluate model reward sample support.args support.checkpoint "

@@ -769,7 +769,7 @@ def test_args_made_in_python_are_those_of_the_command_line():
     assert made == parse_args(flags, "")
     assert made.eval_data == "" and made.device != "auto" and "\n" in made.prompt_format
     with pytest.raises(InputError, match="--questions"):
-        Args(questions=5, updates=2)
+        train(Args(questions=5, updates=2))
 
 
 def test_another_model_under_the_embedded_tasks_defaults_is_told_the_papers():
@@ -842,6 +842,7 @@ def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupte
 def test_a_run_that_any_machine_has_restarted_is_resumed_by_all(plain_run, tmp_path, monkeypatch):
     """Machines count restarts apart: this process has just begun, another was restarted."""
     shutil.copytree(plain_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/final")  # a finished run would be left as it is
     monkeypatch.setattr(
         distributed,
         "gather_objects",
