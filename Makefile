@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train figure test clean
+.PHONY: train figure test check clean
 
 # The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
 # SFT never starts. Two to three minutes on 2 CPU cores.
@@ -18,6 +18,10 @@ test: .venv/ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Kills, hangs and full disks, on whole runs: about ten minutes.
+check: .venv/ready-to-test
+	$(BIN)/python -m pytest -m slow
 
 # The README's figure: five methods, five seeds, 25 minutes. All that needs matplotlib here.
 METHODS := weighted_sum_log_prob arithmetic_mean prob log_prob

@@ -130,6 +130,7 @@ class Tokenizer:
         if isinstance(named, dict):  # an AddedToken written as an object
             named = named.get("content")
         check_fields({"eos_token": named}, {"eos_token": (str, None, None)}, file)
+        require(named is None or is_text(named), f"{file}: eos_token is {named!r}, no text")
         found = [] if named is None else [self.model.token_to_id(named)]
         generation = self.files["generation_config.json"]
         for name, values in (("generation_config.json", generation), ("config.json", config)):
@@ -334,6 +335,13 @@ class Pairs:
             found = any(text in turn for turn in (*turns, gold))
             require(not found, f"{where}: holds {text!r}, a token without a row in the embedding")
 
+    def note(self) -> str:
+        """What a run says of them in its first lines; empty where there is nothing to say."""
+        if not self.spelled_out:
+            return ""
+        early = f", {self.early_eos} answers go on after an eos" if self.early_eos else ""
+        return f" ({self.spelled_out} spell out special tokens, which they become{early})"
+
     def __len__(self) -> int:
         return len(self.offsets)
 
@@ -437,6 +445,17 @@ def render(turns: list[str], prompt_format: str, eos: str) -> str:
     return text + prompt_format.replace("{question}", turns[-1])
 
 
+def first_examples(pairs: Pairs, count: int, fits: Callable[[Example], bool]) -> list[Example]:
+    """The first `count` rows of the file without those that do not fit. InputError if none does."""
+    found = [pairs[i] for i in range(min(count, len(pairs)))]
+    fitting = [example for example in found if example is not None and fits(example)]
+    none = (
+        f"not one of the first {len(found)} rows fits the length limits and the model's positions"
+    )
+    require(bool(fitting), f"{pairs.path}: {none}")
+    return fitting
+
+
 # ---- order of rows
 # Training reads an endless stream of rows: all of them in random order, then all in another order.
 # A run saves its position in the stream and no random state: row and randomness are functions of
@@ -455,9 +474,8 @@ def next_examples(
         # Two epochs' length contains a whole epoch, wherever it starts: every row has been tried.
         if not examples and position - start >= 2 * len(pairs):
             raise InputError(
-                f"{pairs.path}: not one of its {len(pairs)} rows fits; "
-                "raise --max-prompt or --max-answer, or lower --max-trace (prompt, trace and "
-                "answer share the model's max_position_embeddings)"
+                f"{pairs.path}: not one of its {len(pairs)} rows fits --max-prompt, --max-answer "
+                "and, with --max-trace (lower it), the model's max_position_embeddings"
             )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1

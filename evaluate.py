@@ -32,14 +32,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Example, Pairs, Tokenizer, stream_seed
+from data import Example, Pairs, Tokenizer, first_examples, is_text, stream_seed
 from model import Transformer
 from preflight import preflight_table, sample_group_scores
 from reward import score
 from sample import Trace, model_flags, open_model, sample_traces, think_and_answer, trace_ids
 from support.distributed import all_shares, copy_token_rows, mean_over_ranks, own_share
-from support.errors import InputError, exit_on_bad_input
+from support.errors import exit_on_bad_input, printable, require
 
+MOST_TRACES = 10**8
 FIGURES = ("accuracy", "accuracy_null", "f1", "gain", "gain_shuffled", "gain_half", "trace_len")
 
 
@@ -194,7 +195,7 @@ def show_gains(tokenizer: Tokenizer, gold: list[int], gains: Tensor) -> str:
     """
     shown = []
     for token, gain in zip(gold, gains.tolist(), strict=True):
-        text = tokenizer.decode([token], special=True)
+        text = printable(tokenizer.decode([token], special=True))
         if not sys.stdout.isatty():
             shown.append(f"{text} ({gain:+.1f})")
             continue
@@ -217,26 +218,46 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=8, help="K, traces per question (8)")
     args = parser.parse_args()
     one_question = args.question is not None
-    if one_question == (args.data is not None) or one_question != (args.gold is not None):
-        raise InputError("give either --data, or --question and --gold")
-    if one_question and (args.preflight or args.predictions or args.samples):
-        raise InputError("--preflight, --predictions and --samples need --data")
-    if args.predictions and not args.predictions.parent.is_dir():
-        raise InputError(f"--predictions {args.predictions}: there is no such folder")
+    one = one_question != (args.data is not None) and one_question == (args.gold is not None)
+    require(one, "give either --data, or --question and --gold")
+    of_data = args.preflight or args.predictions or args.samples
+    text = "--preflight, --predictions and --samples need --data"
+    require(not (of_data and one_question), text)
+    if args.predictions:
+        folder = args.predictions.parent
+        require(folder.is_dir(), f"--predictions {args.predictions}: there is no folder {folder}")
     for name, least in (("limit", 1), ("traces", 2), ("samples", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise InputError(f"--{name} is {getattr(args, name)}, it should be {least} or more")
+        value = getattr(args, name)
+        text = f"--{name} is {value}, it should be {least} to {MOST_TRACES}"
+        require(value is None or least <= value <= MOST_TRACES, text)
     model, tokenizer = open_model(args, untrained=True)
     if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
         copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
     if one_question:
-        prompt, trace = think_and_answer(model, tokenizer, args)
-        print_gain(model, tokenizer, prompt, trace, tokenizer.encode_answer(args.gold))
+        require(is_text(args.gold), "--gold is empty or no text")
+        gold = tokenizer.encode_answer(args.gold)
+        prompt, trace = think_and_answer(model, tokenizer, args, len(gold))
+        print_gain(model, tokenizer, prompt, trace, gold)
         return
-    pairs = Pairs(args.data, tokenizer)
+    positions = model.config.max_position_embeddings
+    if args.max_trace > positions // 2:
+        args.max_trace = positions // 2
+        half = f"half of the model's {positions} positions"
+        print(f"note: --max-trace {args.max_trace}, {half}", file=sys.stderr)
+    pairs = Pairs(args.data, tokenizer, positions, positions)
     count = args.limit or (32 if args.preflight else 1000)
-    examples = [pairs[i] for i in range(min(count, len(pairs)))]
+
+    def fits(example: Example) -> bool:
+        length = len(example.prompt) + args.max_trace + 1 + len(example.answer)
+        return bool(example.prompt) and length <= positions
+
+    examples = first_examples(pairs, count, fits)
+    left_out = min(count, len(pairs)) - len(examples)
+    if left_out:
+        print(f"note: {left_out} rows are left out: longer than the model", file=sys.stderr)
     if args.preflight:
+        step = len(examples) * args.traces * args.max_trace
+        require(step <= 10 * MOST_TRACES, f"--traces {args.traces}: {step} tokens are too many")
         groups = sample_group_scores(
             model, tokenizer, examples, args.traces, args.max_trace, args.seed
         )

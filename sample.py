@@ -21,7 +21,9 @@ How it differs from the usual generate():
 """
 
 import argparse
+import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Tokenizer, stream_seed
+from data import Tokenizer, is_text, stream_seed
 from kernels.logprob import bf16_products
 from model import Config, Prefix, Transformer
-from support.errors import InputError, OneLineParser, exit_on_bad_input
-from support.weights import load_model
+from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, require
+from support.weights import check_device, load_model
 
 # Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
 PROMPT_TOKENS = 16384
@@ -416,8 +418,13 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
 
     untrained: a model that was not trained here (no nrt.json) need not have the marker yet.
     """
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}, it should be 0 or more")
+    require(args.seed >= 0, f"--seed is {args.seed}, it should be 0 or more")
+    for name in ("max_trace", "max_answer"):
+        value, flag = getattr(args, name), name.replace("_", "-")
+        require(value >= 1, f"--{flag} is {value}, max_new_tokens should be 1 or more")
+    warm = 0 <= args.temperature < math.inf
+    require(warm, f"--temperature is {args.temperature}, it should be a number, 0 or more")
+    check_device(args.device)
     prompt_format = args.prompt_format and args.prompt_format.replace("\\n", "\n")
     tokenizer = Tokenizer(args.model, args.marker, prompt_format)
     trained_marker = tokenizer.trained_marker
@@ -436,23 +443,39 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
 
 
 def think_and_answer(
-    model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace
+    model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, answer_len: int = 1
 ) -> tuple[list[int], Trace]:
-    """Samples a trace for --question and the answer after it, prints both -> prompt ids, trace."""
+    """Samples a trace for --question and the answer after it, prints both -> prompt ids, trace.
+
+    The trace leaves `answer_len` of the model's positions to an answer.
+    """
+    require(is_text(args.question.strip()), "--question is empty or no text")
     text = tokenizer.prompt_format.replace("{question}", args.question.strip())
     prompt = tokenizer.encode_prompt(text)
-    if not prompt:
-        raise InputError("--question is empty")
+    require(bool(prompt), "--question is empty: its prompt has no token")
+    positions = model.config.max_position_embeddings
+    left = positions - len(prompt) - 1 - answer_len  # 1 for the marker
+    require(
+        left > 0,
+        f"--question: {len(prompt)} tokens of its prompt fill the {positions} "
+        "positions of the model",
+    )
     one = partial(sample_traces, model, k=1, temperature=args.temperature, seed=args.seed)
     marker = tokenizer.marker_id
-    [[trace]] = one(
-        [prompt], max_new_tokens=args.max_trace, stop_ids=[marker], cut_ids=tokenizer.cut_ids
-    )
+    limit = min(args.max_trace, left)
+    [[trace]] = one([prompt], max_new_tokens=limit, stop_ids=[marker], cut_ids=tokenizer.cut_ids)
     context = [*prompt, *trace_ids(trace, marker)]
-    [[answer]] = one([context], max_new_tokens=args.max_answer, stop_ids=tokenizer.eos_ids)
+    answer_limit = min(args.max_answer, positions - len(context))
+    [[answer]] = one([context], max_new_tokens=answer_limit, stop_ids=tokenizer.eos_ids)
     forced = "" if trace.finished else " [cut: the marker was forced]"
-    print(f"trace   {tokenizer.decode(trace.ids, special=True)}{forced}")
-    print(f"answer  {tokenizer.decode(answer.ids)}")
+    print(printable(f"trace   {tokenizer.decode(trace.ids, special=True)}{forced}"))
+    print(printable(f"answer  {tokenizer.decode(answer.ids)}"))
+    for part, most, asked in (
+        (trace, limit, args.max_trace),
+        (answer, answer_limit, args.max_answer),
+    ):
+        if len(part.ids) == most < asked and not part.finished:
+            print(f"note: cut at the {positions} positions of the model", file=sys.stderr)
     return prompt, trace
 
 

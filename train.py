@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from aggregate import advantages, aggregate, declares
-from data import Example, Pairs, Tokenizer, next_examples, stream_seed
+from data import Example, Pairs, Tokenizer, first_examples, next_examples, stream_seed
 from evaluate import evaluate
 from model import Config, Transformer
 from reward import (
@@ -72,7 +72,7 @@ from support.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from support.errors import TrainingError, exit_on_bad_input
+from support.errors import Interrupted, StopSignals, TrainingError, exit_on_bad_input
 from support.metrics import Clock, Log, question_figures, step_figures
 from support.weights import load_model, stored_dtypes
 
@@ -100,7 +100,7 @@ def fits(args: Args, config: Config, example: Example) -> bool:
     prompt_len, answer_len = len(example.prompt), len(example.answer)
     positions = prompt_len + args.max_trace + 1 + answer_len  # 1 for a forced marker
     return (
-        prompt_len <= args.max_prompt
+        0 < prompt_len <= args.max_prompt
         and answer_len <= args.max_answer
         and positions <= config.max_position_embeddings
     )
@@ -307,16 +307,16 @@ def update(
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
     check_args(args)
-    distributed.start(args.device)
+    distributed.start(args.device, args.timeout)
     if distributed.any_restarted():  # torchrun --max-restarts: continue the same run
         args.resume, args.overwrite = True, False
     out = Path(args.out)
     checkpoint = distributed.on_first_rank(lambda: check_run(out, args))
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
     marker = tokenizer.marker_id
-    pairs = Pairs(args.data, tokenizer)
-    held_out = Pairs(args.eval_data, tokenizer) if args.eval_data else []
-    held_out = [held_out[i] for i in range(min(args.eval_questions, len(held_out)))]
+    limits = (args.max_prompt, args.max_answer)
+    pairs = Pairs(args.data, tokenizer, *limits)
+    held_out_pairs = Pairs(args.eval_data, tokenizer, *limits) if args.eval_data else []
 
     # model: fp32, sharded over the ranks, updated by AdamW. policy: whole, in --dtype; it samples,
     # scores and collects gradients. In a single fp32 process both are the same object.
@@ -341,16 +341,23 @@ def train(args: Args) -> None:
         return distributed.stop()
     row_fits = partial(fits, args, model.config)
     next_examples(pairs, position, 1, args.seed, row_fits)  # refuses data without a row that fits
+    held_out = []
+    if args.eval_data:
+        held_out = first_examples(held_out_pairs, args.eval_questions, row_fits)
 
     # The input is read and usable: files are written only from here on.
     dtypes = stored_dtypes(args.model)  # of final/
     distributed.on_first_rank(lambda: open_run(out, args))
     log = Log(out, args.steps, last_step=step)
     size = f"{parameters / 1e6:.1f}M parameters"
-    log.print(f"{size}, {len(pairs)} pairs, {len(held_out)} held out\n{hops_defaults(args)}")
+    left_out = min(args.eval_questions, len(held_out_pairs)) - len(held_out)
+    long = f" ({left_out} more are too long)" if left_out else ""
+    pairs_line = f"{len(pairs)} pairs{pairs.note()}, {len(held_out)} held out{long}"
+    log.print(f"{size}, {pairs_line}\n{hops_defaults(args)}")
     if step == 0 and held_out:
         log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
 
+    signals = StopSignals()
     bad_updates = 0
     while step < args.steps:
         step += 1
@@ -406,11 +413,16 @@ def train(args: Args) -> None:
                 f"step {step}: loss or gradient not finite {bad_updates} times in a row; "
                 f"none of these updates was applied, see {out}"
             )
-        if step % args.save_every == 0 or step == args.steps:
+        stop = max(distributed.gather_objects(signals.number))  # Ctrl-C or SIGTERM, on any rank
+        if step % args.save_every == 0 or step == args.steps or stop:
             save_checkpoint(
                 out, step, position, pairs.digest, model, tokenizer, optimizer, args.keep
             )
+        if stop:
+            command = f"python train.py --resume --out {out}"
+            raise Interrupted(f"step {step} is saved; {command} continues after it", stop)
 
+    signals.restore()
     save_final(out, model, tokenizer, dtypes)
     final = out / "final"
     log.print(f"wrote {final}, a Hugging Face directory; try:")
@@ -419,7 +431,9 @@ def train(args: Args) -> None:
 
 
 def main() -> None:
-    train(parse_args(sys.argv[1:], __doc__))
+    args = parse_args(sys.argv[1:], __doc__)
+    with distributed.lost_ranks_are_named():
+        train(args)
 
 
 if __name__ == "__main__":

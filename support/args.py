@@ -140,6 +140,8 @@ class Args:
         "no trace depends on it",
     )
 
+    timeout: float = arg(600.0, "seconds that ranks wait for each other before they give up")
+
     # run
     out: str = arg(
         "runs/hops",
@@ -215,7 +217,7 @@ def hops_defaults(args: Args) -> str:
 # What may differ from the run's args.json when it is resumed; the rest makes it another run.
 MAY_CHANGE = (
     "out resume overwrite steps lr warmup eval_data eval_every eval_questions save_every keep "
-    "device micro_traces activation_checkpointing decode_rows"
+    "device timeout micro_traces activation_checkpointing decode_rows"
 ).split()
 
 
@@ -279,7 +281,7 @@ def check_args(args: Args, on_this_machine: bool = True) -> None:
         choices, value = f.metadata["choices"], getattr(args, f.name)
         require("\0" not in str(value), args, [f.name], "no name has a NUL")
         require(not choices or value in choices, args, [f.name], f"should be one of {choices}")
-    for name in ("temperature", "grad_clip"):
+    for name in ("temperature", "grad_clip", "timeout"):
         positive = 0 < getattr(args, name) < math.inf
         require(positive, args, [name], "should be a number above 0")
     require(args.beta2 < 1, args, ["beta2"], "should be below 1")

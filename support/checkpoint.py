@@ -34,15 +34,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data import Pairs, Tokenizer
 from model import Transformer
 from support.args import MOST, Args, check_same_run, saved_args
 from support.distributed import barrier, on_first_rank, rank, whole
-from support.errors import InputError, require
-from support.files import is_file, read_json, write_beside, write_json
+from support.errors import InputError, TrainingError, require
+from support.files import is_file, read_json, read_log, write_beside, write_json
 from support.weights import save_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -86,6 +90,8 @@ def check_run(out: Path, args: Args) -> Path | None:
     if not (args.resume and saved):
         return None
     check_same_run(args, saved)
+    for name in ("log.jsonl", "samples.jsonl"):
+        read_log(out / name)
     newest = newest_checkpoint(out)
     lost = newest is None and (out / "final").exists()
     require(not lost, f"--resume: {out} holds final/ but no checkpoint to go on from")
@@ -225,15 +231,22 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(path)
         discard(old)
 
-    on_first_rank(prepare)
-    if not temporary.exists():
-        raise InputError(
-            f"{path.parent}: rank {rank()} does not see what rank 0 writes there: "
-            "--out must be on a file system shared by all"
-        )
-    write(temporary)
-    barrier()
-    on_first_rank(publish)
+    try:
+        on_first_rank(prepare)
+        if not temporary.exists():
+            raise InputError(
+                f"{path.parent}: rank {rank()} does not see what rank 0 writes there: "
+                "--out must be on a file system shared by all"
+            )
+        write(temporary)
+        barrier()
+        on_first_rank(publish)
+    except (OSError, SafetensorError, CheckpointException) as error:  # the disk is full
+        if rank() == 0:
+            discard(temporary)
+        raise TrainingError(
+            f"{path}: cannot be written: {error}; what is there is complete"
+        ) from None
 
 
 # ---- checkpoints
@@ -289,8 +302,19 @@ def save_checkpoint(
         for old in checkpoints(out)[:-keep]:
             discard(old)
 
+    check_finite(model, step)
     write_directory(out / f"checkpoint-{step:06}", write)
     on_first_rank(prune)
+
+
+def check_finite(model: Transformer, step: int) -> None:
+    """TrainingError if a parameter is NaN or inf: such a checkpoint would replace a good one."""
+    norm = whole(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
+    if not norm.isfinite():
+        raise TrainingError(
+            f"step {step}: a parameter is not finite; no checkpoint is written, those before are "
+            "complete. A lower --lr?"
+        )
 
 
 def read_progress(checkpoint: Path) -> dict:
@@ -321,9 +345,9 @@ def load_progress(
     checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> tuple[int, int]:
     """Restores the optimizer's moments -> (step, data position)."""
+    progress = read_progress(checkpoint)
+    step, position, updates = (progress[name] for name in ("step", "position", "updates"))
     try:
-        progress = read_progress(checkpoint)
-        step, position, updates = (progress[name] for name in ("step", "position", "updates"))
         state = moments(model, optimizer)
         reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
         found = reader.read_metadata().state_dict_metadata
@@ -333,16 +357,22 @@ def load_progress(
         check_cover(found)
         with no_single_process_warning():
             dcp.load(state, storage_reader=reader)
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: not a checkpoint that can be resumed: {error}") from None
+    except (Exception, CheckpointException) as error:  # torch expects the files to be its own
+        text = f"{checkpoint}: not a checkpoint that can be resumed: {cause(error)}"
+        raise InputError(text) from None
     for name, parameter in model.named_parameters():
         # fused AdamW wants the count on the device of the parameters
         count = torch.tensor(float(updates), device=parameter.device)
         own = {key: state[f"{name}.{key}"] for key in MOMENTS}
         optimizer.state[parameter] = {"step": count} | own
     return step, position
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank that failed, without its traceback."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def check_cover(stored: dict[str, TensorStorageMetadata]) -> None:

@@ -59,11 +59,11 @@ def warnings(history: list[dict], record: dict) -> list[str]:
     that is resumed does not repeat them.
     """
     lines = [line for line in [*history, record] if line["step"] > 0]
-    given = [text for line in history for text in line.get("warnings", [])]
+    given = [text for line in history for text in line.get("warnings") or []]
     found = []
     for sign, metric, remedy in SIGNS:
         name = sign.__name__
-        if any(text.startswith(name) for text in given):
+        if any(str(text).startswith(name) for text in given):
             continue
         values = []
         for line in lines:

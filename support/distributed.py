@@ -17,7 +17,10 @@ functions: its fp32 parameters keep updates as small as 2e-6, which bf16 would r
 
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,10 +32,11 @@ from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from model import Transformer
-from support.errors import InputError
+from support.errors import InputError, TrainingError
 from support.weights import assign, empty_model, load_model, read_config, read_tensors
 
 T = TypeVar("T")
+SIGN_SECONDS = 5
 
 
 # ---- ranks
@@ -49,8 +53,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def start(device: str) -> None:
-    """Joins the process group of all ranks; nothing to do for a process started alone."""
+def start(device: str, timeout: float = 600) -> None:
+    """Joins the process group of all ranks; nothing to do for a process started alone.
+
+    timeout: seconds that a rank waits for the others (lost_ranks_are_named).
+    """
     if not launched():
         return
     if device == "cuda":
@@ -59,7 +66,12 @@ def start(device: str) -> None:
             count = torch.cuda.device_count()
             raise InputError(f"--nproc-per-node is more than the {count} GPU(s) of this machine")
         torch.cuda.set_device(local)
-    dist.init_process_group(store=rendezvous_store(), rank=rank(), world_size=world_size())
+    dist.init_process_group(
+        store=rendezvous_store(),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timedelta(seconds=timeout),
+    )
 
 
 def rendezvous_store() -> dist.Store:
@@ -79,6 +91,32 @@ def rendezvous_store() -> dist.Store:
             "in the environment of torchrun"
         )
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+@contextmanager
+def lost_ranks_are_named() -> Iterator[None]:
+    """A rank that hangs or is dead makes the others fail: they say which one, in a line.
+
+    Those that failed sign in torchrun's store. Who has not signed some seconds later is lost.
+    """
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost or not dist.is_initialized():
+            raise
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"failed {rank()}", "")
+        missing = set(range(world_size()))
+        deadline = time.monotonic() + SIGN_SECONDS
+        while missing and time.monotonic() < deadline:
+            missing = {other for other in missing if not store.check([f"failed {other}"])}
+            time.sleep(0.1)
+        names = ", ".join(map(str, sorted(missing))) or "unknown"
+        raise TrainingError(
+            f"rank {rank()} waited in vain for rank {names}, which hangs or has ended; "
+            "--resume continues from the newest checkpoint"
+        ) from None
 
 
 def restarted() -> bool:
@@ -119,16 +157,16 @@ def barrier() -> None:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Rank 0 acts, the others wait -> its result. If it raises InputError, every rank does."""
-    result = refusal = None
+    """Rank 0 acts, the others wait -> its result. Every rank raises its InputError or OSError."""
+    result = failure = None
     if rank() == 0:
         try:
             result = action()
-        except InputError as error:
-            refusal = str(error)
-    refusal, result = gather_objects((refusal, result))[0]
-    if refusal:
-        raise InputError(refusal)
+        except (InputError, OSError) as error:
+            failure = error
+    failure, result = gather_objects((failure, result))[0]
+    if failure:
+        raise failure
     return result
 
 

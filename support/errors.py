@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-LINE = 1000  # characters of an error; a file may hold a value of any length
+LINE = 500  # characters at both ends of an error; what it quotes may have any length
 
 
 class InputError(ValueError):
@@ -31,6 +31,25 @@ class Interrupted(Exception):
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.number = number
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM: the first is remembered, and asks the run to stop after its step. A
+    second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        self.number = number
+        self.restore(signal.SIG_DFL)
+
+    def restore(self, interrupt: object = signal.default_int_handler) -> None:
+        """Signals do again what they do without this."""
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def require(condition: bool, message: str) -> None:
@@ -56,9 +75,11 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
         except (TrainingError, OSError) as error:
             sys.exit(print_line(error, 1))
         except Interrupted as stop:
+            if os.environ.get("RANK", "0") != "0":  # all ranks stop together, one says so
+                sys.exit(128 + stop.number)
             sys.exit(print_line(stop, 128 + stop.number, "stopped: "))
         except KeyboardInterrupt:
-            sys.exit(print_line("Ctrl-C", 128 + signal.SIGINT, "stopped: "))
+            sys.exit(print_line("by Ctrl-C", 128 + signal.SIGINT, "stopped: "))
 
     return wrapped
 
@@ -69,7 +90,9 @@ def print_line(error: object, code: int, begin: str = "error: ") -> int:
         # the pause. What only this rank has met (a file missing in its view) is printed after it.
         time.sleep(5)
     text = printable(" ".join(str(error).split()))
-    print(begin + (text if len(text) <= LINE else text[:LINE] + " ..."), file=sys.stderr)
+    if len(text) > 2 * LINE:
+        text = f"{text[:LINE]} ... {text[-LINE:]}"
+    print(begin + text, file=sys.stderr)
     return code
 
 

@@ -53,6 +53,24 @@ def read_json(file: Path, fields: Fields | None = None) -> dict:
     return value
 
 
+def read_log(file: Path) -> list[dict]:
+    """The lines of log.jsonl or samples.jsonl; a kill may have left half of the last one."""
+    found = []
+    lines = file.read_bytes().splitlines(keepends=True) if is_file(file) else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    for number, text in enumerate(lines, start=1):
+        where = f"{file}:{number}"
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        require(isinstance(line, dict) and line.get("step") is not None, f"{where}: has no step")
+        check_fields(line, {"step": (int, 0, None), "warnings": (list, None, None)}, where)
+        found.append(line)
+    return found
+
+
 def check_fields(values: dict, fields: Fields, where: object) -> None:
     """InputError for the first of `fields` in `values` with another type or out of its range."""
     for name, (kind, least, most) in fields.items():

@@ -48,6 +48,8 @@ from reward import Scores, log_ratio
 from sample import Trace
 from support import collapse
 from support.distributed import rank
+from support.errors import TrainingError
+from support.files import read_log
 
 
 # ---- figures
@@ -120,7 +122,7 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
     own = {name: mean(of_questions(name)) for name in questions[0] if name.startswith("own_")}
     return own | {
         "reward_mean": mean(rewards),
-        "reward_std": mean([statistics.pstdev(values) for values in of_questions("reward")]),
+        "reward_std": mean([std(values) for values in of_questions("reward")]),
         "reward_min": min(rewards),
         "reward_max": max(rewards),
         "zero_std_frac": mean([not any(values) for values in of_questions("advantage")]),
@@ -150,11 +152,16 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
     }
 
 
+def std(values: list[float]) -> float:
+    """Of the population; NaN where a value is not finite (statistics raises other errors then)."""
+    return statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def mean_correlation(xs: list[list[float]], ys: list[list[float]]) -> float:
     """Mean of Pearson's correlation over the questions for which it exists; 0 if for none."""
     found = []
     for x, y in zip(xs, ys, strict=True):
-        if len(set(x)) > 1 and len(set(y)) > 1:
+        if len(set(x)) > 1 and len(set(y)) > 1 and all(map(math.isfinite, y)):
             found.append(statistics.correlation(x, y))
     return sum(found) / len(found) if found else 0.0
 
@@ -222,7 +229,7 @@ class Log:
         self.tensorboard = None
         if rank():
             return
-        self.history = [json.loads(line) for line in drop_lines_after(out / "log.jsonl", last_step)]
+        self.history = drop_lines_after(out / "log.jsonl", last_step)
         drop_lines_after(out / "samples.jsonl", last_step)
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -237,8 +244,7 @@ class Log:
     def write(self, record: dict) -> None:
         if rank():
             return
-        # JSON has no NaN: a figure that is not finite becomes null.
-        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        record = {name: finite(value) for name, value in record.items()}
         warnings = collapse.warnings(self.history, record)
         if warnings:
             record["warnings"] = warnings
@@ -277,30 +283,32 @@ class Log:
                 {
                     "trace": tokenizer.decode(trace.ids, special=True),
                     "finished": trace.finished,
-                    "reward": figures["reward"][i],
-                    "advantage": figures["advantage"][i],
+                    "reward": finite(figures["reward"][i]),
+                    "advantage": finite(figures["advantage"][i]),
                 }
             )
         line = {"step": step, "question": example.question, "gold": example.gold, "traces": shown}
         append_line(self.out / "samples.jsonl", line)
 
 
+def finite(value: float) -> float | None:
+    """JSON has no NaN: a figure that is not finite becomes null."""
+    return value if math.isfinite(value) else None
+
+
 def append_line(file: Path, record: dict) -> None:
-    with open(file, "a") as lines:
-        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    try:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:  # the disk is full
+        raise TrainingError(f"{file}: cannot be written: {error.strerror}") from None
 
 
-def drop_lines_after(file: Path, step: int) -> list[bytes]:
-    """Removes what an interrupted run logged after its last checkpoint -> the lines that stay.
-
-    The last line may be half-written.
-    """
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = []
-    for line in lines:
-        if step > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+def drop_lines_after(file: Path, step: int) -> list[dict]:
+    """Removes what an interrupted run logged after its last checkpoint -> the lines that stay."""
+    kept = [line for line in read_log(file) if 0 < step and line["step"] <= step]
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
     return kept

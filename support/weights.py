@@ -264,7 +264,7 @@ def weight_files(path: Path) -> list[Path]:
     weight_map = read_json(index, {"weight_map": (dict, None, None)}).get("weight_map") or {}
     require(bool(weight_map), f"{index}: no weight_map, which names the safetensors files")
     for name in weight_map.values():
-        inside = isinstance(name, str) and name == Path(name).name and name != ".."
+        inside = isinstance(name, str) and name == Path(name).name and name not in ("", "..")
         require(inside, f"{index}: weight_map holds {name!r}, it should hold names of files here")
     files = [path / name for name in sorted(set(weight_map.values()))]
     for file in files:

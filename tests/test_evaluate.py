@@ -238,7 +238,10 @@ def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
     [
         ([], "--question"),
         (["--question", "a", "--gold", "a", "--predictions", "p.jsonl"], "--predictions"),
-        (["--data", "rows.jsonl", "--predictions", "nowhere/p.jsonl"], "no such folder"),
+        (
+            ["--data", "rows.jsonl", "--predictions", "nowhere/p.jsonl"],
+            "there is no folder nowhere",
+        ),
         (["--data", "rows.jsonl", "--samples", "0"], "--samples"),
         (["--question", "a", "--data", "rows.jsonl"], "--question"),
         (["--question", "a"], "--gold"),

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "support.checkpoint": "data model support.args support.distributed support.errors "
     "support.files support.weights",
     "support.collapse": "",
-    "support.metrics": "aggregate data reward sample support.collapse support.distributed",
+    "support.metrics": "aggregate data reward sample support.collapse support.distributed "
+    "support.errors support.files",
     "train": "aggregate data evaluate model reward sample support.args support.checkpoint "
     "support.distributed support.errors support.metrics support.weights",
 }
