@@ -29,11 +29,13 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from support.chat import make_prompter, own_template
 from support.errors import InputError, require
 from support.files import check_fields, is_file, read_json, write_json
 
 MARKER = "<|response_start|>"  # the paper's
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
+CHAT = "chat"  # the prompt format of the model directory's own chat template
 
 # Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
 RESERVED = ("reserved", "unused", "[control_", "<special_")
@@ -71,13 +73,24 @@ class Tokenizer:
         self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
         for flag, value in (("marker", self.marker), ("prompt-format", self.prompt_format)):
             require(is_text(value), f"--{flag} {value!r} is not text (of {self.path}/nrt.json?)")
-        has_question = "{question}" in self.prompt_format
+        own = own_template(self.path, self.files["tokenizer_config.json"])
+        chosen = prompt_format or saved.get("prompt_format")
+        self.note = ""  # a line to print
+        if own and not chosen:
+            self.note = (
+                f"note: {self.path} has a chat template: --prompt-format chat prompts with it\n"
+            )
+        has_question = "{question}" in self.prompt_format or self.prompt_format == CHAT
         require(has_question, f"--prompt-format {self.prompt_format!r} lacks {{question}}")
         self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
         self.eos_ids = self.find_eos(config)
         self.eos: str = self.model.id_to_token(self.eos_ids[0])
         # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
+        self.bos = "".join(self.model.id_to_token(token) for token in self.prefix)
+        self.own_template = own
+        if self.prompt_format == CHAT:
+            self.prompter = make_prompter(own, self.path, self.bos, self.eos)
 
         # A new marker needs a new row of the embedding. A reserved one has a row that was never
         # trained, unless nrt.json says that this model was trained with it.
@@ -149,6 +162,12 @@ class Tokenizer:
         require(known, f"{self.path}: eos is token {found[0]}, which tokenizer.json does not have")
         return list(dict.fromkeys(found))  # without duplicates, in this order
 
+    def prompt_ids(self, turns: list[str]) -> list[int]:
+        """[user, assistant, ..., user] -> the prompt, in the prompt format."""
+        if self.prompt_format == CHAT:
+            return self.encode_prompt(self.prompter(turns).removeprefix(self.bos))
+        return self.encode_prompt(render(turns, self.prompt_format, self.eos))
+
     def encode_prompt(self, text: str) -> list[int]:
         return self.prefix + self.model.encode(text, add_special_tokens=False).ids
 
@@ -194,7 +213,8 @@ class Tokenizer:
         A model that continues its prompts writes trace, marker, answer. A Jinja string literal
         reads as in JSON, so that any prompt format can be one. A template writes bos itself.
         """
-        bos = "".join(self.model.id_to_token(token) for token in self.prefix)
+        if self.prompt_format == CHAT:
+            return self.own_template
         pieces = [literal(piece) for piece in self.prompt_format.split("{question}")]
         question = " + text + ".join(pieces)
         answer = "text + " + literal(self.eos + "\n")
@@ -204,7 +224,7 @@ class Tokenizer:
                 "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
                 f"{{%- set system = messages[0].content + {blank}"
                 " if messages[0].role == 'system' else '' -%}",
-                f"{{{{- {literal(bos)} -}}}}",
+                f"{{{{- {literal(self.bos)} -}}}}",
                 "{%- for turn in turns -%}",
                 "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
                 f"{{%- if turn.role == 'user' -%}}{{{{- {question} -}}}}",
@@ -351,8 +371,7 @@ class Pairs:
             return None
         self.file.seek(self.offsets[index])
         turns, gold = parse_row(self.file.readline(), f"{self.path}, row {index}")
-        text = render(turns, self.tokenizer.prompt_format, self.tokenizer.eos)
-        prompt = self.tokenizer.encode_prompt(text)
+        prompt = self.tokenizer.prompt_ids(turns)
         answer = self.tokenizer.encode_answer(gold)
         return Example(index, prompt, answer, question=turns[-1], gold=gold)
 

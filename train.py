@@ -353,7 +353,7 @@ def train(args: Args) -> None:
     left_out = min(args.eval_questions, len(held_out_pairs)) - len(held_out)
     long = f" ({left_out} more are too long)" if left_out else ""
     pairs_line = f"{len(pairs)} pairs{pairs.note()}, {len(held_out)} held out{long}"
-    log.print(f"{size}, {pairs_line}\n{hops_defaults(args)}")
+    log.print(f"{size}, {pairs_line}\n{hops_defaults(args)}{tokenizer.note}")
     if step == 0 and held_out:
         log.write({"step": 0} | evaluate(policy, tokenizer, held_out, args.max_trace))
 

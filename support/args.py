@@ -50,7 +50,8 @@ class Args:
     )
     prompt_format: str | None = arg(
         None,
-        "prompt with {question} in it, \\n = newline; default: the model directory's, else Tulu's",
+        "prompt with {question} in it, \\n = newline, or chat: through the model directory's chat "
+        "template; default: the format in the directory's nrt.json, else Tulu's",
     )
     max_prompt: int = arg(4096, "tokens; longer prompts are skipped and counted")
     max_answer: int = arg(

@@ -115,7 +115,9 @@ def read_source(file: Path) -> dict:
     require(exists, f"{file}: no such file; --model takes a Hugging Face directory")
     family = source.get("model_type")
     known = ", ".join(IMPLIED)
-    require(family in IMPLIED, f"{file}: model_type {family!r} is not implemented; {known} are")
+    require(
+        family in list(IMPLIED), f"{file}: model_type {family!r} is not implemented; {known} are"
+    )
     for name, accepted in ACCEPTED.items():
         value = source.get(name, accepted)
         text = f"{file}: {name} = {value!r} is not implemented; only {accepted!r} is"
