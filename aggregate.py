@@ -10,13 +10,26 @@ The objective and its gradient (paper, section 3). A method is the choice of one
 
 Each published f is one function below, under its formula. `AGGREGATORS` names them for the flag
 --aggregator. The answer weight w comes from autograd through the same function, so that a new f
-needs no second formula. Three stand out: r3 and jlb_multi compare the K traces of a question, and
-exact_match is random. A function of your own stays in a file of your own:
+needs no second formula. A function of your own stays in a file of your own:
 
     def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
         return logp.exp().min(dim=1).values
 
     python train.py --aggregator my_file.py:hardest_token
+
+One that looks at text as well takes five parameters, and in training gets the question's Example
+(data.py), its K Traces (sample.py) and the Tokenizer:
+
+    def brief(logp, null_logp, example, traces, tokenizer):
+        lengths = torch.tensor([len(trace.ids) for trace in traces]).to(logp)
+        return logp.mean(dim=1).exp() - 0.01 * lengths
+
+What is unusual about a function it declares below itself, as an attribute:
+
+    f.group = True          a trace's reward depends on the other traces of its question
+    f.relative = True       and is relative to them already: it is not centred again
+    f.objective = function  of logp: what w differentiates, where that is not the sum of rewards
+    f.random = True         it draws random numbers
 
 All of it works on log-probs in nats, in the dtype it is given.
 """
@@ -25,6 +38,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -89,6 +103,9 @@ def r3(logp: Tensor, null_logp: Tensor) -> Tensor:
     return (logp * (spread / total)).sum(dim=1)
 
 
+r3.group = True
+
+
 def jlb_multi(logp: Tensor, null_logp: Tensor) -> Tensor:
     """reward_k = L - L without trace k,  L = log 1/K sum_k prod_i c_{k,i}.  JEPO's K-sample bound.
 
@@ -106,6 +123,11 @@ def joint_bound(logp: Tensor) -> Tensor:
     return logp.sum(dim=1).logsumexp(dim=0) - math.log(logp.shape[0])
 
 
+jlb_multi.group = True
+jlb_multi.relative = True
+jlb_multi.objective = joint_bound
+
+
 def exact_match(logp: Tensor, null_logp: Tensor) -> Tensor:
     """1 if an answer sampled after the trace is the gold answer, token by token, else 0.  RLVR.
 
@@ -116,6 +138,9 @@ def exact_match(logp: Tensor, null_logp: Tensor) -> Tensor:
     uniform = torch.rand(answer_logp.shape).to(answer_logp)
     hit = (uniform < answer_logp.detach().exp()).to(logp.dtype)
     return hit * (1 + answer_logp - answer_logp.detach())
+
+
+exact_match.random = True
 
 
 AGGREGATORS = {
@@ -130,11 +155,10 @@ AGGREGATORS = {
     "jlb_multi": jlb_multi,
     "exact_match": exact_match,
 }
-GROUP_AGGREGATORS = ("r3", "jlb_multi")  # a trace's reward depends on the other traces
 
 
 @cache
-def find_aggregator(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def find_aggregator(name: str) -> Callable[..., Tensor]:
     """A function of AGGREGATORS by its name, or `function` of a Python file by "file.py:function".
 
     The file is run: it is the user's own code. ValueError says what is wrong with the name.
@@ -155,21 +179,39 @@ def find_aggregator(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return getattr(module, function)
 
 
+def declares(name: str, attribute: str) -> bool:
+    """Whether the aggregator declares `attribute`: group, relative, objective or random."""
+    return bool(getattr(find_aggregator(name), attribute, False))
+
+
+def sees_text(name: str) -> bool:
+    """Whether the aggregator takes more than the two log-probs: example, traces and tokenizer."""
+    return len(signature(find_aggregator(name)).parameters) > 2
+
+
 # ---- reward and answer weight
-def aggregate(name: str, logp: Tensor, null_logp: Tensor) -> tuple[Tensor, Tensor]:
+def aggregate(
+    name: str, logp: Tensor, null_logp: Tensor, text: tuple = ()
+) -> tuple[Tensor, Tensor]:
     """Rewards and exact answer weights of one question's traces.
 
     logp [K, T] and null_logp [T] in nats -> reward [K], weight [K, T] = d objective / d logp, both
     detached. The objective is the sum of the K rewards; for jlb_multi it is the bound L, so that
     weight[k] is the softmax over traces of sum_i logp, the same for every token of a trace.
-    ValueError for an unknown name.
+    text: (example, traces, tokenizer) for a function that sees them.
+    ValueError for an unknown name, or for a reward that is not of shape [K].
     """
     f = find_aggregator(name)
     logp = logp.detach().requires_grad_()
     null_logp = null_logp.detach()
     with torch.enable_grad():
-        reward = f(logp, null_logp)
-        objective = joint_bound(logp) if name == "jlb_multi" else reward.sum()
+        reward = f(logp, null_logp, *text) if sees_text(name) else f(logp, null_logp)
+        if reward.shape != logp.shape[:1]:  # broadcasting would go on with it, and be wrong
+            shape = list(reward.shape)
+            raise ValueError(f"{name} returned shape {shape}, it should be [{len(logp)}]")
+        objective = f.objective(logp) if declares(name, "objective") else reward.sum()
+        if not objective.requires_grad:  # made of text alone
+            return reward, torch.zeros_like(null_logp).expand_as(logp)
         (weight,) = torch.autograd.grad(objective, logp)
     return reward.detach(), weight
 

@@ -29,11 +29,13 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from support.chat import make_prompter, own_template
 from support.errors import InputError, require
 from support.files import check_fields, is_file, read_json, write_json
 
 MARKER = "<|response_start|>"  # the paper's
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
+CHAT = "chat"  # the prompt format of the model directory's own chat template
 
 # Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
 RESERVED = ("reserved", "unused", "[control_", "<special_")
@@ -66,17 +68,29 @@ class Tokenizer:
         self.files = {name: read_json(self.path / name) for name in SIDE_FILES}
         text = (str, None, None)
         saved = read_json(self.path / "nrt.json", {"marker": text, "prompt_format": text})
+        self.trained_marker: str | None = saved.get("marker")  # None: not trained here
         self.marker = marker or saved.get("marker") or MARKER
         self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
         for flag, value in (("marker", self.marker), ("prompt-format", self.prompt_format)):
             require(is_text(value), f"--{flag} {value!r} is not text (of {self.path}/nrt.json?)")
-        has_question = "{question}" in self.prompt_format
+        own = own_template(self.path, self.files["tokenizer_config.json"])
+        chosen = prompt_format or saved.get("prompt_format")
+        self.note = ""  # a line to print
+        if own and not chosen:
+            self.note = (
+                f"note: {self.path} has a chat template: --prompt-format chat prompts with it\n"
+            )
+        has_question = "{question}" in self.prompt_format or self.prompt_format == CHAT
         require(has_question, f"--prompt-format {self.prompt_format!r} lacks {{question}}")
         self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
         self.eos_ids = self.find_eos(config)
         self.eos: str = self.model.id_to_token(self.eos_ids[0])
         # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
+        self.bos = "".join(self.model.id_to_token(token) for token in self.prefix)
+        self.own_template = own
+        if self.prompt_format == CHAT:
+            self.prompter = make_prompter(own, self.path, self.bos, self.eos)
 
         # A new marker needs a new row of the embedding. A reserved one has a row that was never
         # trained, unless nrt.json says that this model was trained with it.
@@ -86,9 +100,11 @@ class Tokenizer:
         unused_name = any(part in self.marker.lower() for part in RESERVED)
         self.marker_is_reserved = unused_name and self.marker != saved.get("marker")
         if known is None:
-            token = tokenizers.AddedToken(self.marker, special=True, normalized=False)
-            self.model.add_special_tokens([token])
+            token = tokenizers.AddedToken(self.marker, special=False, normalized=False)
+            self.model.add_tokens([token])
         self.marker_id: int = self.model.token_to_id(self.marker)
+        # Software that drops special tokens from its text could not tell the answer from the trace.
+        self.model = with_ordinary_token(self.model, self.marker_id)
         require(
             self.marker_id not in self.eos_ids,
             f"--marker {self.marker!r} is an eos token of {self.path / 'tokenizer.json'}: "
@@ -105,8 +121,9 @@ class Tokenizer:
         # Tokens without a row are refused (Pairs): of added ones a model may have fewer.
         self.without_row = {entry.content for token, entry in added.items() if token >= rows}
         names = {entry.content for token, entry in added.items() if token in special}
+        names |= {self.marker} if self.marker_id in added else set()
         self.special_names = {name for name in names | self.without_row if name}
-        pattern = "|".join(re.escape(name) for name in self.special_names)
+        pattern = "|".join(re.escape(name) for name in sorted(self.special_names))
         self.spelled_out = re.compile(pattern or r"(?!)")
 
     def check_ids(self, rows: float) -> None:
@@ -146,6 +163,12 @@ class Tokenizer:
         require(known, f"{self.path}: eos is token {found[0]}, which tokenizer.json does not have")
         return list(dict.fromkeys(found))  # without duplicates, in this order
 
+    def prompt_ids(self, turns: list[str]) -> list[int]:
+        """[user, assistant, ..., user] -> the prompt, in the prompt format."""
+        if self.prompt_format == CHAT:
+            return self.encode_prompt(self.prompter(turns).removeprefix(self.bos))
+        return self.encode_prompt(render(turns, self.prompt_format, self.eos))
+
     def encode_prompt(self, text: str) -> list[int]:
         return self.prefix + self.model.encode(text, add_special_tokens=False).ids
 
@@ -166,6 +189,7 @@ class Tokenizer:
         """
         path = Path(path)
         described = self.files["tokenizer_config.json"] | {"chat_template": self.chat_template()}
+        described.get("added_tokens_decoder", {}).get(str(self.marker_id), {})["special"] = False
         for name, values in (self.files | {"tokenizer_config.json": described}).items():
             if values:
                 write_json(path / name, values)
@@ -190,7 +214,8 @@ class Tokenizer:
         A model that continues its prompts writes trace, marker, answer. A Jinja string literal
         reads as in JSON, so that any prompt format can be one. A template writes bos itself.
         """
-        bos = "".join(self.model.id_to_token(token) for token in self.prefix)
+        if self.prompt_format == CHAT:
+            return self.own_template
         pieces = [literal(piece) for piece in self.prompt_format.split("{question}")]
         question = " + text + ".join(pieces)
         answer = "text + " + literal(self.eos + "\n")
@@ -200,7 +225,7 @@ class Tokenizer:
                 "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
                 f"{{%- set system = messages[0].content + {blank}"
                 " if messages[0].role == 'system' else '' -%}",
-                f"{{{{- {literal(bos)} -}}}}",
+                f"{{{{- {literal(self.bos)} -}}}}",
                 "{%- for turn in turns -%}",
                 "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
                 f"{{%- if turn.role == 'user' -%}}{{{{- {question} -}}}}",
@@ -211,6 +236,11 @@ class Tokenizer:
 
 
 def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    if not file.parent.is_dir():
+        raise InputError(
+            f"{file.parent}: no such directory; for a model of the hub, first "
+            "`hf download ORGANISATION/NAME --local-dir DIR`, then --model DIR"
+        )
     found = is_file(file)
     require(found, f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one")
     try:
@@ -232,6 +262,17 @@ def is_text(text: str) -> bool:
         return bool(text.encode())
     except UnicodeEncodeError:
         return False
+
+
+def with_ordinary_token(tokenizer: tokenizers.Tokenizer, token: int) -> tokenizers.Tokenizer:
+    """The same tokenizer, in which `token` is not special: decoding never drops it."""
+    entry = tokenizer.get_added_tokens_decoder().get(token)
+    if entry is None or not entry.special:
+        return tokenizer
+    made = json.loads(tokenizer.to_str())
+    for added in made["added_tokens"]:
+        added["special"] &= added["id"] != token
+    return tokenizers.Tokenizer.from_str(json.dumps(made))
 
 
 def literal(text: str) -> str:
@@ -334,8 +375,7 @@ class Pairs:
             return None
         self.file.seek(self.offsets[index])
         turns, gold = parse_row(self.file.readline(), f"{self.path}, row {index}")
-        text = render(turns, self.tokenizer.prompt_format, self.tokenizer.eos)
-        prompt = self.tokenizer.encode_prompt(text)
+        prompt = self.tokenizer.prompt_ids(turns)
         answer = self.tokenizer.encode_answer(gold)
         return Example(index, prompt, answer, question=turns[-1], gold=gold)
 
@@ -458,7 +498,7 @@ def next_examples(
         if not examples and position - start >= 2 * len(pairs):
             raise InputError(
                 f"{pairs.path}: not one of its {len(pairs)} rows fits --max-prompt, --max-answer "
-                "and, with --max-trace, the model's max_position_embeddings"
+                "and, with --max-trace (lower it), the model's max_position_embeddings"
             )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1

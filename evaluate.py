@@ -2,6 +2,7 @@
 
     eval_accuracy        share of examples whose answer, after a trace, is the gold answer
     eval_accuracy_null   the same after the empty trace (null think): prompt, marker, answer
+    eval_f1              F1 of the answer's words against the gold answer's, mean: a softer score
     eval_gain            log-prob of the gold answer after the trace - after the null think,
                          nats per answer, mean
     eval_gain_shuffled   the same with the trace of the next example: a trace that helps only in
@@ -10,31 +11,37 @@
     eval_trace_len       tokens of a trace, a sampled marker included, mean
 
 Trace and answer are decoded greedily, so the figures have no random part. An answer is right if it
-ends with an eos token, has no more tokens than the gold answer, and has the same text.
+ends with an eos token, has no more tokens than the gold answer, and has the same text. --samples M
+adds eval_sampled: the share of right answers among M per question, sampled at temperature 1.
+A base without the marker gets it as training does: so it can be scored before and after.
 
     python evaluate.py --model DIR --data test.jsonl          the figures above
+    python evaluate.py ... --predictions FILE --samples 8     and a line per question, as JSON
     python evaluate.py --model DIR --data d.jsonl --preflight which reward would keep it thinking
                                                               (preflight.py); for a base as well
     python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
                                                               to each token of the gold answer
 """
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Example, Pairs, Tokenizer, first_examples, is_text
+from data import Example, Pairs, Tokenizer, first_examples, is_text, stream_seed
 from model import Transformer
 from preflight import preflight_table, sample_group_scores
 from reward import score
 from sample import Trace, model_flags, open_model, sample_traces, think_and_answer, trace_ids
-from support.distributed import all_shares, copy_token_rows, gather_objects, own_share
+from support.distributed import all_shares, copy_token_rows, own_share
 from support.errors import exit_on_bad_input, printable, require
 
 MOST_TRACES = 10**8
-FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "gain_half", "trace_len")
+FIGURES = ("accuracy", "accuracy_null", "f1", "gain", "gain_shuffled", "gain_half", "trace_len")
 
 
 @torch.no_grad()
@@ -50,28 +57,52 @@ def evaluate(
     Each rank computes its share on a model that is whole; all ranks must call and get the figures
     of all examples.
     """
+    return mean_figures(predict(model, tokenizer, examples, max_trace, batch))
+
+
+def mean_figures(rows: list[dict]) -> dict[str, float]:
+    """Rows of `predict` on each rank -> the figures at the top of this file, of all examples."""
+    figures = all_shares([[row[name] for name in FIGURES] for row in rows])
+    columns = zip(FIGURES, zip(*figures, strict=True), strict=True)
+    return {f"eval_{name}": sum(values) / len(figures) for name, values in columns}
+
+
+@torch.no_grad()
+def predict(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    max_trace: int,
+    batch: int = 64,
+) -> list[dict]:
+    """A row for each example of this rank: question, trace, answer, gold as text, and FIGURES."""
     marker = tokenizer.marker_id
     own = own_share(range(len(examples)))  # indices
     mine = [examples[i] for i in own]
     traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace, batch))  # of all examples
-    totals = dict.fromkeys(FIGURES, 0.0)
+    rows = []
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]
         thoughts = [trace_ids(traces[i], marker) for i in own[start : start + batch]]
-        no_thoughts = [[marker] for _ in part]
-        totals["accuracy"] += count_right(model, tokenizer, part, thoughts)
-        totals["accuracy_null"] += count_right(model, tokenizer, part, no_thoughts)
-    for i, example in zip(own, mine, strict=True):
+        answers = sample_answers(model, tokenizer, part, thoughts)
+        null_answers = sample_answers(model, tokenizer, part, [[marker] for _ in part])
+        for example, answer, null_answer in zip(part, answers, null_answers, strict=True):
+            text = tokenizer.decode(answer.ids).strip()
+            row = {"question": example.question, "answer": text, "gold": example.gold}
+            row["accuracy"] = is_right(tokenizer, example, answer)
+            row["accuracy_null"] = is_right(tokenizer, example, null_answer)
+            row["f1"] = word_f1(text, example.gold)
+            rows.append(row)
+    for row, i, example in zip(rows, own, mine, strict=True):
         body = [token for token in traces[i].ids if token != marker]
         other = traces[(i + 1) % len(traces)]
         variants = [traces[i], other, body[: len(body) // 2]]
         scores = score(model, example.prompt, variants, example.answer, marker)
         gains = scores.answer_logp.sum(dim=1) - scores.null_logp.sum()  # [3]
-        for name, gain in zip(("gain", "gain_shuffled", "gain_half"), gains.tolist(), strict=True):
-            totals[name] += gain
-        totals["trace_len"] += len(traces[i].ids)
-    shares = gather_objects(totals)  # of all ranks
-    return {f"eval_{name}": sum(s[name] for s in shares) / len(examples) for name in FIGURES}
+        row["gain"], row["gain_shuffled"], row["gain_half"] = gains.tolist()
+        row["trace_len"] = len(traces[i].ids)
+        row["trace"] = tokenizer.decode(traces[i].ids, special=True)
+    return rows
 
 
 def greedy_traces(
@@ -86,23 +117,62 @@ def greedy_traces(
     return traces
 
 
-def count_right(
+def sample_answers(
     model: Transformer,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     contexts: Sequence[list[int]],
-) -> int:
-    """How many greedy answers after prompt + context (the trace, with its marker) are right."""
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Trace]:
+    """An answer after each prompt + context (the trace, with its marker), greedy by default.
+
+    It has no more tokens than the gold answer.
+    """
     prompts = [[*e.prompt, *context] for e, context in zip(examples, contexts, strict=True)]
     longest = max(len(example.answer) for example in examples)
-    groups = sample_traces(model, prompts, 1, longest, 0.0, stop_ids=tokenizer.eos_ids)
-    right = 0
+    stop = tokenizer.eos_ids
+    groups = sample_traces(model, prompts, 1, longest, temperature, stop_ids=stop, seed=seed)
+    answers = []
     for example, (answer,) in zip(examples, groups, strict=True):
         # `longest` is another example's limit: what comes out must not depend on the batch.
-        if answer.finished and len(answer.ids) <= len(example.answer):
-            gold = tokenizer.decode(example.answer).strip()
-            right += tokenizer.decode(answer.ids).strip() == gold
-    return right
+        limit = len(example.answer)
+        ended = answer.finished and len(answer.ids) <= limit
+        answers.append(Trace(answer.ids[:limit], answer.logp[:limit], ended))
+    return answers
+
+
+def is_right(tokenizer: Tokenizer, example: Example, answer: Trace) -> bool:
+    gold = tokenizer.decode(example.answer).strip()
+    return answer.finished and tokenizer.decode(answer.ids).strip() == gold
+
+
+def word_f1(answer: str, gold: str) -> float:
+    """2 PR / (P + R): the words in common, each as often as in both, over the mean of words."""
+    ours, theirs = Counter(answer.split()), Counter(gold.split())
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+
+
+def sampled_accuracy(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    samples: int,
+    max_trace: int,
+    seed: int = 0,
+) -> float:
+    """Share of right answers among `samples` per example, trace and answer at temperature 1."""
+    marker = tokenizer.marker_id
+    prompts = [example.prompt for example in examples]
+    stop, cut = [marker], tokenizer.cut_ids
+    groups = sample_traces(
+        model, prompts, samples, max_trace, stop_ids=stop, cut_ids=cut, seed=stream_seed(seed, 0)
+    )
+    repeated = [example for example in examples for _ in range(samples)]
+    contexts = [trace_ids(trace, marker) for traces in groups for trace in traces]
+    answers = sample_answers(model, tokenizer, repeated, contexts, 1.0, stream_seed(seed, 1))
+    right = [is_right(tokenizer, *pair) for pair in zip(repeated, answers, strict=True)]
+    return sum(right) / len(right)
 
 
 # ---- one question
@@ -143,18 +213,27 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="pairs of --data, from the top (1000)")
     parser.add_argument("--question", help="one question instead, together with --gold")
     parser.add_argument("--gold", help="its gold answer")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write, a line per pair")
+    parser.add_argument("--samples", type=int, help="answers per question for eval_sampled")
     parser.add_argument("--preflight", action="store_true", help="compare rewards on 32 questions")
     parser.add_argument("--traces", type=int, default=8, help="K, traces per question (8)")
     args = parser.parse_args()
     one_question = args.question is not None
     one = one_question != (args.data is not None) and one_question == (args.gold is not None)
     require(one, "give either --data, or --question and --gold")
-    require(not (args.preflight and one_question), "--preflight needs --data")
-    for name, least in (("limit", 1), ("traces", 2)):
+    of_data = args.preflight or args.predictions or args.samples
+    text = "--preflight, --predictions and --samples need --data"
+    require(not (of_data and one_question), text)
+    if args.predictions:
+        folder = args.predictions.parent
+        require(folder.is_dir(), f"--predictions {args.predictions}: there is no folder {folder}")
+    for name, least in (("limit", 1), ("traces", 2), ("samples", 1)):
         value = getattr(args, name)
         text = f"--{name} is {value}, it should be {least} to {MOST_TRACES}"
         require(value is None or least <= value <= MOST_TRACES, text)
-    model, tokenizer = open_model(args, untrained=args.preflight)
+    model, tokenizer = open_model(args, untrained=True)
+    if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
+        copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
     if one_question:
         require(is_text(args.gold), "--gold is empty or no text")
         gold = tokenizer.encode_answer(args.gold)
@@ -180,15 +259,22 @@ def main() -> None:
     if args.preflight:
         step = len(examples) * args.traces * args.max_trace
         require(step <= 10 * MOST_TRACES, f"--traces {args.traces}: {step} tokens are too many")
-        if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
-            copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
         groups = sample_group_scores(
             model, tokenizer, examples, args.traces, args.max_trace, args.seed
         )
         print("\n".join(preflight_table(groups)))
         return
-    for name, value in evaluate(model, tokenizer, examples, args.max_trace).items():
+    rows = predict(model, tokenizer, examples, args.max_trace)
+    for name, value in mean_figures(rows).items():
         print(f"{name} {value:.4g}")
+    if args.samples:
+        share = sampled_accuracy(
+            model, tokenizer, examples, args.samples, args.max_trace, args.seed
+        )
+        print(f"eval_sampled {share:.4g}")
+    if args.predictions:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        args.predictions.write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Llama / Mistral transformer in plain PyTorch.
+"""The Llama / Mistral / Qwen transformer in plain PyTorch.
 
     tokens [B, L] -> embedding -> N blocks -> norm -> hidden [B, L, H]
     block:  h = h + attention(norm(h))
@@ -21,8 +21,9 @@ keys beyond its own length, whatever they hold.
 Shapes: B rows, L tokens of this forward, S keys (past and new), P tokens of a prompt, H hidden
 size, V vocabulary, D head_dim, Hq query heads, Hkv key/value heads.
 
-Implemented: Llama 2 / 3 / 3.1 / 3.2, SmolLM2, Mistral 7B v0.1 to v0.3, Mistral Nemo.
-support/weights.py reads their Hugging Face directories and refuses all others.
+Implemented: Llama 2 / 3 / 3.1 / 3.2, SmolLM2, Mistral 7B v0.1 to v0.3, Mistral Nemo, and the dense
+text models of Qwen2 / 2.5 / 3. support/weights.py reads their Hugging Face directories and refuses
+all others.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
 
 @dataclass
 class Config:
-    """A model's shape, under Hugging Face's names."""
+    """A model's shape, under Hugging Face's names; the two without one follow from model_type."""
 
     vocab_size: int
     hidden_size: int
@@ -53,6 +54,8 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # None, or the fields LLAMA3_ROPE
     sliding_window: int | None = None  # tokens a query attends to, itself included; None: all
+    qkv_bias: bool = False  # Qwen2: q, k and v have a bias, the output projection has none
+    qk_norm: bool = False  # Qwen3: each head of q and k is normalised before RoPE
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048  # for other readers: nothing here depends on it
     bos_token_id: int | None = None
@@ -203,6 +206,7 @@ class Block(nn.Module):
 # The backward pass recomputes the rest.
 PRODUCTS = [
     torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -238,15 +242,19 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim  # need not equal hidden_size
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, H] -> q [B, Hq, L, D], k and v [B, Hkv, L, D] of these tokens."""
-        q = self.split_heads(self.q_proj(x))
-        k = self.split_heads(self.k_proj(x))
+        q = self.q_norm(self.split_heads(self.q_proj(x)))
+        k = self.k_norm(self.split_heads(self.k_proj(x)))
         v = self.split_heads(self.v_proj(x))
         return rotate(q, *rope), rotate(k, *rope), v
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aggregate import AGGREGATORS, advantages, aggregate
+from aggregate import AGGREGATORS, advantages, aggregate, declares, sees_text
 from data import Example, Tokenizer, stream_seed
 from model import Transformer
 from reward import score
@@ -37,7 +37,8 @@ from sample import sample_traces
 UNCERTAIN = 0.5  # probability of an answer token after the empty trace
 DEAD = 0.9  # share of questions
 MARGIN = 0.0
-NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards are drawn at random
+# Random rewards are left out, and those that see more than log-probs.
+NAMES = [name for name in AGGREGATORS if not declares(name, "random") and not sees_text(name)]
 
 
 @dataclass
@@ -88,7 +89,7 @@ def sample_group_scores(
 def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
     """One aggregator's row of the table: the figures above, nan where there are none; verdict."""
     helpful, empty, lengths, paid, dead = [], [], [], [], 0
-    center = "none" if name == "jlb_multi" else "mean"  # as in train.py
+    center = "none" if declares(name, "relative") else "mean"  # as in train.py
     for group in groups:
         reward, weight = aggregate(name, group.answer_logp, group.null_logp)
         advantage = advantages(reward, center, "std", weight)  # [K+1]

@@ -407,7 +407,7 @@ def model_flags(description: str) -> OneLineParser:
     add("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     add("--seed", type=int, default=0)
     add("--marker", help="default: the model directory's own")
-    add("--prompt-format", help="default: the model directory's own")
+    add("--prompt-format", help="{question} in a text, or chat; default: the model directory's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser
@@ -416,7 +416,7 @@ def model_flags(description: str) -> OneLineParser:
 def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of --model; InputError where a flag does not fit them.
 
-    untrained: the model need not have the marker yet.
+    untrained: a model that was not trained here (no nrt.json) need not have the marker yet.
     """
     require(args.seed >= 0, f"--seed is {args.seed}, it should be 0 or more")
     for name in ("max_trace", "max_answer"):
@@ -427,11 +427,18 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
     check_device(args.device)
     prompt_format = args.prompt_format and args.prompt_format.replace("\\n", "\n")
     tokenizer = Tokenizer(args.model, args.marker, prompt_format)
-    require(
-        untrained or not tokenizer.marker_is_new,
-        f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: "
-        "was this model trained with another?",
-    )
+    print(tokenizer.note, end="", file=sys.stderr)
+    trained_marker = tokenizer.trained_marker
+    if tokenizer.marker_is_new and trained_marker:
+        raise InputError(
+            f"--marker {tokenizer.marker!r} is not in {args.model}'s vocabulary: "
+            f"this model was trained with {trained_marker!r}"
+        )
+    if tokenizer.marker_is_new and not untrained:
+        raise InputError(
+            f"{args.model}: has no marker {tokenizer.marker!r}, the token that ends a trace and "
+            "starts the answer; train.py adds it to a base, evaluate.py --data scores one without"
+        )
     model = load_model(args.model, getattr(torch, args.dtype), args.device)
     return model, tokenizer
 
@@ -444,8 +451,7 @@ def think_and_answer(
     The trace leaves `answer_len` of the model's positions to an answer.
     """
     require(is_text(args.question.strip()), "--question is empty or no text")
-    text = tokenizer.prompt_format.replace("{question}", args.question.strip())
-    prompt = tokenizer.encode_prompt(text)
+    prompt = tokenizer.prompt_ids([args.question.strip()])
     require(bool(prompt), "--question is empty: its prompt has no token")
     positions = model.config.max_position_embeddings
     left = positions - len(prompt) - 1 - answer_len  # 1 for the marker

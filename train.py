@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aggregate import advantages, aggregate
+from aggregate import advantages, aggregate, declares
 from data import Example, Pairs, Tokenizer, first_examples, next_examples, stream_seed
 from evaluate import evaluate
 from model import Config, Transformer
@@ -61,7 +61,7 @@ from reward import (
 )
 from sample import Prefill, Trace, prefill, sample_traces
 from support import distributed
-from support.args import Args, parse_args
+from support.args import Args, check_args, hops_defaults, parse_args
 from support.checkpoint import (
     check_run,
     check_same_input,
@@ -175,9 +175,14 @@ def frozen_null_logp(view: Transformer, questions: list[Example], marker: int) -
     return [score(view, q.prompt, [], q.answer, marker).null_logp for q in questions]
 
 
-def rewards(answer_logp: Tensor, null_logp: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight w [K, T]."""
-    reward, weight = aggregate(args.aggregator, answer_logp, null_logp)
+def rewards(
+    answer_logp: Tensor, null_logp: Tensor, args: Args, text: tuple = ()
+) -> tuple[Tensor, Tensor]:
+    """answer_logp [K, T], null_logp [T] -> reward [K], exact answer weight w [K, T].
+
+    text: (example, traces, tokenizer), for an aggregator that sees them.
+    """
+    reward, weight = aggregate(args.aggregator, answer_logp, null_logp, text)
     if args.clip_null:
         null_reward, _ = aggregate(args.aggregator, null_logp[None], null_logp)  # [1]
         weight = weight * (reward > null_reward)[:, None]  # clamped: the derivative is 0
@@ -189,7 +194,7 @@ def group_advantages(reward: Tensor, weight: Tensor, args: Args) -> Tensor:
     """reward [K] -> advantage [K]. weight [K, T]: says how exact a reward is (aggregate.py)."""
     if args.traces == 0:  # plain SFT: nothing was sampled
         return torch.zeros_like(reward)
-    relative = args.aggregator == "jlb_multi"  # its rewards are relative to the group already
+    relative = declares(args.aggregator, "relative")
     return advantages(reward, "none" if relative else args.center, args.scale, weight)
 
 
@@ -227,7 +232,8 @@ def held_out_figures(
         with distributed.gathered_view(initial) as view:
             (null_logp,) = frozen_null_logp(view, [example], marker)
     torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in the loop
-    reward, weight = rewards(scores.answer_logp, null_logp, args)
+    text = (example, traces, tokenizer)
+    reward, weight = rewards(scores.answer_logp, null_logp, args, text)
     advantage = group_advantages(reward, weight, args)
     log.samples(
         step, tokenizer, example, traces, scores, null_logp, reward, advantage, held_out=True
@@ -346,6 +352,7 @@ def update(
 def train(args: Args) -> None:
     """Trains, logs, evaluates, writes checkpoints and final/. Every rank runs this function."""
     dtype = getattr(torch, args.dtype)
+    check_args(args)
     distributed.start(args.device, dtype, args.timeout)
     if distributed.any_restarted():  # torchrun --max-restarts: continue the same run
         args.resume, args.overwrite = True, False
@@ -389,7 +396,8 @@ def train(args: Args) -> None:
     size = f"{parameters / 1e6:.1f}M parameters"
     left_out = min(args.eval_questions, len(held_out_pairs)) - len(held_out)
     long = f" ({left_out} more are too long)" if left_out else ""
-    log.print(f"{size}, {len(pairs)} pairs{pairs.note()}, {len(held_out)} held out{long}\n")
+    pairs_line = f"{len(pairs)} pairs{pairs.note()}, {len(held_out)} held out{long}"
+    log.print(f"{size}, {pairs_line}\n{hops_defaults(args)}{tokenizer.note}")
     if step == 0 and held_out:
         figures = held_out_figures(model, initial, tokenizer, held_out, 0, log, args)
         log.write({"step": 0} | figures)
@@ -428,7 +436,8 @@ def train(args: Args) -> None:
                     null_logp = scores.null_logp.detach()
                 # An aggregator may draw random numbers (exact_match): same ones in every run.
                 torch.manual_seed(stream_seed(args.seed, step, example.index))
-                reward, weight = rewards(scores.answer_logp.detach(), null_logp, args)
+                text = (example, traces, tokenizer)
+                reward, weight = rewards(scores.answer_logp.detach(), null_logp, args, text)
                 advantage = group_advantages(reward, weight, args)
                 omega = answer_weights(weight, args)
                 clock.lap("score")
@@ -484,7 +493,7 @@ def train(args: Args) -> None:
 
 
 def main() -> None:
-    args = parse_args(sys.argv[1:], __doc__.split("\n")[0])
+    args = parse_args(sys.argv[1:], __doc__)
     with distributed.lost_ranks_are_named():
         train(args)
 

@@ -3,6 +3,7 @@
 The defaults suit the task in examples/hops on a CPU; the paper's values are in parentheses.
 """
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS, find_aggregator
+from aggregate import AGGREGATORS, declares, find_aggregator, sees_text
 from model import KEEP
 from support.distributed import world_size
 from support.errors import InputError, OneLineParser
@@ -20,6 +21,16 @@ from support.weights import check_device
 
 def arg(default: object, reason: str, choices: Sequence[str] | None = None) -> object:
     return field(default=default, metadata={"help": reason, "choices": choices})
+
+
+# The first flag of each section of --help.
+SECTIONS = {
+    "model": "model and data",
+    "steps": "method",
+    "lr": "optimisation",
+    "dtype": "memory and device",
+    "out": "run",
+}
 
 
 @dataclass
@@ -39,7 +50,8 @@ class Args:
     )
     prompt_format: str | None = arg(
         None,
-        "prompt with {question} in it, \\n = newline; default: the model directory's, else Tulu's",
+        "prompt with {question} in it, \\n = newline, or chat: through the model directory's chat "
+        "template; default: the format in the directory's nrt.json, else Tulu's",
     )
     max_prompt: int = arg(4096, "tokens; longer prompts are skipped and counted")
     max_answer: int = arg(
@@ -147,18 +159,32 @@ class Args:
     save_every: int = arg(10, "steps between checkpoints; also after the last step")
     keep: int = arg(2, "checkpoints kept")
 
+    def __post_init__(self) -> None:
+        if self.data != Args.data and self.eval_data == Args.eval_data:
+            self.eval_data = ""  # the embedded test set says nothing about other data
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.prompt_format:
+            self.prompt_format = self.prompt_format.replace("\\n", "\n")
 
-def parse_args(argv: Sequence[str], description: str) -> Args:
-    """Args from the command line. InputError for what cannot work."""
-    parser = OneLineParser(description=description)
+
+def parse_args(argv: Sequence[str], doc: str) -> Args:
+    """Args from the command line. doc: the command's docstring, for --help."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    summary, command, examples = doc.partition("\n    python ")
+    parser = OneLineParser(
+        description=summary.split("\n")[0], epilog=command + examples, formatter_class=formatter
+    )
     for f in fields(Args):
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
         flag = flag_of(f.name)
         text = f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            section.add_argument(flag, action="store_true", help=text)
             continue
-        text += f" (default: {f.default})"
-        parser.add_argument(
+        text += "" if f.default is None else f" (default: {f.default})"
+        section.add_argument(
             flag,
             type=f.type if isinstance(f.type, type) else str,
             default=f.default,
@@ -173,14 +199,19 @@ def parse_args(argv: Sequence[str], description: str) -> Args:
             kept.pop("aggregator")  # a file of code: only the command line can ask to run it
         parser.set_defaults(**kept)
         args = Args(**vars(parser.parse_args(argv)))
-    elif args.data != Args.data and args.eval_data == Args.eval_data:
-        args.eval_data = ""  # the embedded test set says nothing about other data
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.prompt_format:
-        args.prompt_format = args.prompt_format.replace("\\n", "\n")
     check_args(args)
     return args
+
+
+def hops_defaults(args: Args) -> str:
+    """A line of warning where another model meets defaults that are meant for examples/hops."""
+    paper = {"lr": "2e-6", "max_trace": "2048", "questions": "256"}  # for 3B to 8B
+    kept = [name for name in paper if getattr(args, name) == getattr(Args, name)]
+    if args.model == Args.model or not kept:
+        return ""
+    ours = " ".join(f"{flag_of(name)} {getattr(args, name)}" for name in kept)
+    theirs = " ".join(f"{flag_of(name)} {paper[name]}" for name in kept)
+    return f"note: {ours} suits examples/hops; for 3B to 8B the paper takes {theirs}\n"
 
 
 # ---- a run that goes on
@@ -265,7 +296,7 @@ def check_args(args: Args, on_this_machine: bool = True) -> None:
         f"the questions do not divide into equal shares, one per update{ranks}",
     )
     if args.traces == 1:
-        centred = args.center != "none" and args.aggregator != "jlb_multi"
+        centred = args.center != "none" and not declares(args.aggregator, "relative")
         text = "every advantage would be 0; take --traces 2 or more, or --center none"
         require(not centred, args, ["traces", "center"], text)
         text = "one reward has no std; take --scale none"
@@ -276,7 +307,7 @@ def check_args(args: Args, on_this_machine: bool = True) -> None:
         require(not unused, args, ["traces"], text)
     if args.clip_null:
         text = "the null think has no reward outside the group"
-        by_itself = args.aggregator not in GROUP_AGGREGATORS
+        by_itself = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
         require(by_itself, args, ["clip_null", "aggregator"], text)
     text = "they contradict each other"
     require(not (args.resume and args.overwrite), args, ["resume", "overwrite"], text)

@@ -98,7 +98,8 @@ def repeated_4grams(ids: list[int]) -> float:
 def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
     """One step's log line, from its questions' figures in the order they were trained on.
 
-    norms: the gradient norm of each update.
+    norms: the gradient norm of each update. A number of your own needs no line here: under a name
+    that starts with own_ (figures[-1]["own_size"] = ... in train.py) its mean is logged.
     """
 
     def of_traces(name: str) -> list[float]:
@@ -118,7 +119,8 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
     losses = [sum(values) / updates for values in zip(*of_questions("losses"), strict=True)]
     trace_loss, answer_loss, marker_loss, null_loss = losses
     first_update = questions[: len(questions) // updates]
-    return {
+    own = {name: mean(of_questions(name)) for name in questions[0] if name.startswith("own_")}
+    return own | {
         "reward_mean": mean(rewards),
         "reward_std": mean([std(values) for values in of_questions("reward")]),
         "reward_min": min(rewards),

@@ -42,6 +42,7 @@ ACCEPTED = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
+    "use_sliding_window": False,  # Qwen: some layers would have a window, others none
     "quantization_config": None,
 }
 
@@ -54,7 +55,12 @@ ABSENT = {
         "sliding_window": 4096,
         "max_position_embeddings": 131072,
     },
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
 }
+
+# Fields of Config that config.json does not state: they follow from the model_type.
+IMPLIED = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 # The other fields that are used: type, least and most value. The limits lie far beyond any model,
 # and keep a wrong number from filling the memory.
@@ -85,12 +91,13 @@ def read_config(path: str | Path) -> Config:
     source = read_source(file)
     family = source["model_type"]
     stated = ABSENT[family] | source
-    names = [f.name for f in fields(Config) if f.name not in ("source", "rope_scaling")]
+    elsewhere = ("source", "rope_scaling", "qkv_bias", "qk_norm")
+    names = [f.name for f in fields(Config) if f.name not in elsewhere]
     values = {name: stated[name] for name in names if stated.get(name) is not None}
-    if family == "llama":
-        values.pop("sliding_window", None)  # transformers ignores it in a Llama
+    if family != "mistral":
+        values.pop("sliding_window", None)  # transformers ignores it elsewhere
     values["rope_theta"], rope_scaling = read_rope(source, file)
-    config = Config(**values, rope_scaling=rope_scaling, source=source)
+    config = Config(**values, **IMPLIED[family], rope_scaling=rope_scaling, source=source)
     require(
         config.num_attention_heads % config.num_key_value_heads == 0,
         f"{file}: {config.num_attention_heads} query heads do not divide into "
@@ -107,8 +114,10 @@ def read_source(file: Path) -> dict:
     exists = bool(source) or is_file(file)
     require(exists, f"{file}: no such file; --model takes a Hugging Face directory")
     family = source.get("model_type")
-    implemented = family in ("llama", "mistral")
-    require(implemented, f"{file}: model_type {family!r} is not implemented; llama and mistral are")
+    known = ", ".join(IMPLIED)
+    require(
+        family in list(IMPLIED), f"{file}: model_type {family!r} is not implemented; {known} are"
+    )
     for name, accepted in ACCEPTED.items():
         value = source.get(name, accepted)
         text = f"{file}: {name} = {value!r} is not implemented; only {accepted!r} is"
@@ -149,13 +158,14 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
     source = config.source
     if not source:
         family = "llama" if config.sliding_window is None else "mistral"
+        family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else family
         source = {
             "architectures": [family.capitalize() + "ForCausalLM"],
             "model_type": family,
             "hidden_act": "silu",
         }
         for f in fields(Config):
-            if f.name != "source":
+            if f.name not in ("source", "qkv_bias", "qk_norm"):
                 source[f.name] = getattr(config, f.name)
     dtype_key = "dtype" if "dtype" in source else "torch_dtype"
     changed = {"vocab_size": config.vocab_size, dtype_key: str(dtype).removeprefix("torch.")}

@@ -6,7 +6,15 @@ import statistics
 import pytest
 import torch
 
-from aggregate import AGGREGATORS, MAX_EXPONENT, ROUNDING, advantages, aggregate, find_aggregator
+from aggregate import (
+    AGGREGATORS,
+    MAX_EXPONENT,
+    ROUNDING,
+    advantages,
+    aggregate,
+    declares,
+    find_aggregator,
+)
 
 PUBLISHED = [
     "log_prob",
@@ -139,8 +147,21 @@ def test_the_answer_weight_from_autograd_is_the_tables_closed_form(name, case, d
     )
 
 
-def test_the_table_has_these_nine_methods_and_exact_match():
-    assert list(AGGREGATORS) == [*PUBLISHED, "exact_match"]
+def test_the_published_methods_and_exact_match_are_there():
+    assert set(AGGREGATORS) >= {*PUBLISHED, "exact_match"}
+
+
+def test_what_is_unusual_about_a_function_is_declared_where_it_is_defined():
+    declared = {}
+    for attribute in ("group", "relative", "objective", "random"):
+        names = [*PUBLISHED, "exact_match"]
+        declared[attribute] = [name for name in names if declares(name, attribute)]
+    assert declared == {
+        "group": ["r3", "jlb_multi"],
+        "relative": ["jlb_multi"],
+        "objective": ["jlb_multi"],
+        "random": ["exact_match"],
+    }
 
 
 def test_exact_match_is_one_where_the_uniform_number_lies_below_the_answers_probability(
@@ -171,6 +192,32 @@ def test_an_aggregator_of_ones_own_is_named_by_file_and_function(tmp_path):
     assert reward.tolist() == pytest.approx([min(row) for row in c], rel=1e-12)
     least = [[p if p == min(row) else 0.0 for p in row] for row in c]
     torch.testing.assert_close(weight, torch.tensor(least, dtype=torch.float64))
+
+
+def test_a_function_of_five_parameters_sees_example_traces_and_tokenizer(monkeypatch):
+    def brief(logp, null_logp, example, traces, tokenizer):
+        return logp.mean(dim=1).exp() - torch.tensor([len(trace) for trace in traces]).to(logp)
+
+    def shortest(logp, null_logp, example, traces, tokenizer):
+        return torch.tensor([float(trace == min(traces, key=len)) for trace in traces])
+
+    for f in (brief, shortest):
+        monkeypatch.setitem(AGGREGATORS, f.__name__, f)
+    logp, null_logp, _, _ = given("ordinary", torch.float64)
+    text = ("the example", ["a", "abc", "abcdef"], "the tokenizer")
+    reward, weight = aggregate("brief", logp, null_logp, text)
+    mean, mean_weight = aggregate("geometric_mean", logp, null_logp, text)
+    assert torch.equal(reward, mean - torch.tensor([1, 3, 6])) and torch.equal(weight, mean_weight)
+    reward, weight = aggregate("shortest", logp, null_logp, text)  # does not depend on logp
+    assert reward.tolist() == [1, 0, 0] and torch.equal(weight, torch.zeros_like(logp))
+
+
+def test_a_reward_of_another_shape_than_one_number_a_trace_is_refused(monkeypatch):
+    """[K, 1] would be broadcast to an advantage of every pair of traces."""
+    monkeypatch.setitem(AGGREGATORS, "column", lambda logp, null_logp: logp[:, :1])
+    logp, null_logp, _, _ = given("ordinary", torch.float64)
+    with pytest.raises(ValueError, match=r"column returned shape \[3, 1\], it should be \[3\]"):
+        aggregate("column", logp, null_logp)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 seed alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jinja2.sandbox  # comes with torch
@@ -292,6 +293,22 @@ def test_a_saved_tokenizer_reads_back_the_same(kind, tmp_path):
     assert described == json.loads((GOLDEN / kind / "tokenizer_config.json").read_text())
 
 
+@pytest.mark.parametrize("marker", ["<|new|>", "<|eot_id|>"])
+def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(marker, tmp_path):
+    """Other software drops them, and finds the answer behind the marker."""
+    shutil.copytree(GOLDEN / "byte_level", tmp_path, dirs_exist_ok=True)
+    tokenizer = Tokenizer(tmp_path, marker=marker)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    described["added_tokens_decoder"] = {str(tokenizer.marker_id): {"special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    tokenizer = Tokenizer(tmp_path, marker=marker)
+    tokenizer.save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert described["added_tokens_decoder"] == {str(tokenizer.marker_id): {"special": False}}
+    ids = [*tokenizer.encode_prompt("trace"), tokenizer.marker_id, *tokenizer.encode_answer("42")]
+    assert library_tokenizer(tmp_path).decode(ids, skip_special_tokens=True) == f"trace{marker}42"
+
+
 def test_a_flag_overrides_what_is_saved_and_the_paper_is_the_default(tmp_path):
     tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path / "initial"))
     assert tokenizer.prompt_format == PROMPT_FORMAT == "<|user|>\n{question}\n<|assistant|>\n"
@@ -328,6 +345,69 @@ def test_the_chat_template_makes_the_prompt_of_training(kind, prompt_format, tur
     template = jinja.from_string(tokenizer.chat_template())
     text = template.render(**conversation(*turns), add_generation_prompt=True)
     assert tokenizer.model.encode(text, add_special_tokens=False).ids == prompt
+
+
+# ---- the directory's own chat template
+CHATML = """{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@every_kind
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, tmp_path):
+    shutil.copytree(GOLDEN / kind, tmp_path, dirs_exist_ok=True)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if in_file:
+        (tmp_path / "chat_template.jinja").write_text(CHATML)
+    else:
+        described["chat_template"] = CHATML
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    assert "--prompt-format chat" in Tokenizer(tmp_path).note
+    tokenizer = Tokenizer(tmp_path, prompt_format="chat")
+    eos = tokenizer.eos
+    text = f"<|user|>x{eos}\n<|assistant|>y{eos}\n<|user|>z{eos}\n<|assistant|>"
+    assert tokenizer.prompt_ids(["x", "y", "z"]) == tokenizer.encode_prompt(text)
+    # The exported directory has the template that was trained on, and remembers to use it.
+    (tmp_path / "final").mkdir()
+    tokenizer.save(tmp_path / "final")
+    back = Tokenizer(tmp_path / "final")
+    assert back.chat_template() == CHATML and back.note == ""
+    assert back.prompt_ids(["x", "y", "z"]) == tokenizer.prompt_ids(["x", "y", "z"])
+
+
+@every_kind
+@pytest.mark.parametrize("turns", [["who?"], ["who?", "Kim.", "why?"]])
+def test_the_exported_template_is_one_that_chat_reads_back_with_one_bos(kind, turns, tmp_path):
+    tokenizer = Tokenizer(GOLDEN / kind, prompt_format="Q: {question}\nA:")
+    tokenizer.save(tmp_path)
+    assert Tokenizer(tmp_path, prompt_format="chat").prompt_ids(turns) == tokenizer.prompt_ids(
+        turns
+    )
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("", "no chat template"),
+        ("{{ messages", "template fails"),
+        ("{{ raise_exception('no user turns') }}", "no user turns"),
+        ("{{ strftime_now('%d') }}", "strftime_now"),
+        ("<|assistant|>", "drops the question"),
+    ],
+)
+def test_a_chat_template_that_does_not_work_is_refused(template, says, tmp_path):
+    tiny.tokenizer_dir(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=says):
+        Tokenizer(tmp_path, prompt_format="chat")
+
+
+def test_the_format_chat_says_what_it_needs_where_jinja2_is_not_installed(tmp_path, monkeypatch):
+    tiny.tokenizer_dir(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    monkeypatch.setattr("support.chat.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install jinja2"):
+        Tokenizer(tmp_path, prompt_format="chat")
 
 
 # ---- refusals

@@ -1,6 +1,7 @@
 """evaluate.py: the held-out figures equal their definitions; what the command prints."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from test_sample import letters, line, next_logits, slow_trace
 
 import sample
 from data import Example, Tokenizer
-from evaluate import evaluate, main, show_gains
+from evaluate import FIGURES, evaluate, main, sampled_accuracy, show_gains
 from model import Transformer
 from sample import Trace, trace_ids
+from support.distributed import copy_token_rows
 from support.errors import InputError
 from support.weights import save_model
 
@@ -28,11 +30,23 @@ def slow_figures(
         limit = torch.zeros(max_trace)
         traces.append(slow_trace(model, example.prompt, limit, 0.0, [marker], tokenizer.cut_ids))
 
-    def right(example: Example, context: list[int]) -> bool:
+    def answered(example: Example, context: list[int]) -> Trace:
         limit = torch.zeros(len(example.answer))
         read = [*example.prompt, *context]
-        answer = slow_trace(model, read, limit, 0.0, tokenizer.eos_ids)
+        return slow_trace(model, read, limit, 0.0, tokenizer.eos_ids)
+
+    def right(example: Example, context: list[int]) -> bool:
+        answer = answered(example, context)
         return answer.finished and tokenizer.decode(answer.ids).strip() == example.gold
+
+    def f1(example: Example, context: list[int]) -> float:
+        words = tokenizer.decode(answered(example, context).ids).split()
+        gold = example.gold.split()
+        common = sum(min(words.count(word), gold.count(word)) for word in set(gold))
+        if common == 0:
+            return 0.0
+        precision, recall = common / len(words), common / len(gold)
+        return 2 * precision * recall / (precision + recall)
 
     def gold_logp(example: Example, context: list[int]) -> float:
         total = 0.0
@@ -47,6 +61,7 @@ def slow_figures(
         half = [*own[: (len(own) - 1) // 2], marker]  # of the tokens before the marker
         null = gold_logp(example, [marker])
         row = {"accuracy": right(example, own), "accuracy_null": right(example, [marker])}
+        row["f1"] = f1(example, own)
         row["gain"] = gold_logp(example, own) - null
         row["gain_shuffled"] = gold_logp(example, other) - null
         row["gain_half"] = gold_logp(example, half) - null
@@ -87,6 +102,7 @@ def test_held_out_figures_equal_their_definitions(seed, batch, tmp_path):
     assert 0 < expected["eval_accuracy"] < 1 and 0 < expected["eval_accuracy_null"] < 1
     assert expected["eval_accuracy"] != expected["eval_accuracy_null"]
     assert abs(expected["eval_gain"]) > 0.01
+    assert expected["eval_accuracy"] < expected["eval_f1"] < 1
     kinds = {(trace.finished, len(trace.ids) == 6) for trace in traces}
     assert kinds >= {(True, False), (False, True), (False, False)}
     figures = evaluate(model, tokenizer, examples, 6, batch)
@@ -164,10 +180,69 @@ def test_the_command_scores_a_data_set(tmp_path, monkeypatch, capsys):
     assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
 
 
+def test_the_command_stores_what_was_predicted(tmp_path, monkeypatch, capsys):
+    model, tokenizer = tiny.model(9), letters(tmp_path)
+    save(model, tokenizer, tmp_path)
+    data, stored = tmp_path / "rows.jsonl", tmp_path / "predictions.jsonl"
+    data.write_text('{"question": "b c", "answer": "a b"}\n{"question": "f", "answer": "a"}\n')
+    asked = ["--data", str(data), "--predictions", str(stored)]
+    figures = dict(line.split() for line in command(monkeypatch, capsys, tmp_path, *asked))
+    rows = [json.loads(line) for line in stored.read_text().splitlines()]
+    assert [(row["question"], row["gold"]) for row in rows] == [("b c", "a b"), ("f", "a")]
+    for name in FIGURES:
+        mean = sum(row[name] for row in rows) / 2
+        assert figures[f"eval_{name}"] == f"{mean:.4g}"
+    shown = command(monkeypatch, capsys, tmp_path, "--question", "f", "--gold", "a")
+    assert shown[0].startswith(f"trace   {rows[1]['trace']}")
+    assert shown[1].startswith(f"answer  {rows[1]['answer']}")
+    assert shown[3].endswith(f"gain {rows[1]['gain']:+.2f} nats")
+
+
+def test_sampled_accuracy_is_the_probability_of_a_right_answer(tmp_path):
+    tokenizer = letters(tmp_path)
+    sure = line(8, 9, 3, 1, vocab=10)  # after "f": the marker m, a, <eos>
+    assert sampled_accuracy(sure, tokenizer, [example(tokenizer, "f", "a")], 4, 6) == 1
+    logits = torch.full((10, 10), -1e4, dtype=torch.float64)
+    logits[8, 9] = logits[3, 1] = logits[4, 1] = 0
+    logits[9, 3], logits[9, 4] = math.log(0.3), math.log(0.7)  # a or b
+    either = [example(tokenizer, "f", gold) for gold in ("a", "b", "b")]
+    share = sampled_accuracy(tiny.chain(logits), tokenizer, either, 500, 6)
+    assert abs(share - (0.3 + 0.7 + 0.7) / 3) < 0.05
+    greedy = evaluate(tiny.chain(logits), tokenizer, either, 6)
+    assert greedy["eval_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
+    tmp_path, monkeypatch, capsys
+):
+    base, data = tmp_path / "base", tmp_path / "rows.jsonl"
+    tokenizer = letters(base)  # saved without nrt.json, and the marker given is new
+    save_model(tiny.model(9, vocab_size=10).float(), base)
+    data.write_text('{"question": "b c", "answer": "a b"}\n')
+    asked = ["--data", str(data), "--marker", "<new>", "--prompt-format", "{question}"]
+    figures = dict(line.split() for line in command(monkeypatch, capsys, base, *asked))
+    started = tiny.model(9, vocab_size=10).float()
+    tokenizer = Tokenizer(base, "<new>", "{question}")
+    copy_token_rows(started, tokenizer.marker_id, tokenizer.eos_ids[0])
+    expected = evaluate(started, tokenizer, [example(tokenizer, "b c", "a b")], 6)
+    assert figures == {name: f"{value:.4g}" for name, value in expected.items()}
+    with pytest.raises(InputError, match="has no marker '<new>', the token that ends a trace"):
+        monkeypatch.setattr(
+            "sys.argv", ["sample.py", *sys.argv[1:5], "--question", "b c", *asked[2:]]
+        )
+        sample.main()
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
         ([], "--question"),
+        (["--question", "a", "--gold", "a", "--predictions", "p.jsonl"], "--predictions"),
+        (
+            ["--data", "rows.jsonl", "--predictions", "nowhere/p.jsonl"],
+            "there is no folder nowhere",
+        ),
+        (["--data", "rows.jsonl", "--samples", "0"], "--samples"),
         (["--question", "a", "--data", "rows.jsonl"], "--question"),
         (["--question", "a"], "--gold"),
         (["--gold", "a", "--data", "rows.jsonl"], "--gold"),

@@ -19,16 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
-from aggregate import AGGREGATORS, GROUP_AGGREGATORS, advantages, aggregate
+from aggregate import AGGREGATORS, advantages, aggregate, declares, sees_text
 from data import Example, Tokenizer
 from model import KEEP, Config, Transformer
 from reward import Scores, log_ratio, prompt_backward, prompt_leaves, score
 from sample import Trace, prefill, sample_traces
 from support import distributed
-from support.args import Args, parse_args
+from support.args import Args, hops_defaults, parse_args
 from support.checkpoint import command_of
-from support.errors import TrainingError
-from support.metrics import question_figures
+from support.errors import InputError, TrainingError
+from support.metrics import question_figures, step_figures
 from support.weights import load_model, save_model
 from train import (
     LENGTH_SCALE,
@@ -59,11 +59,12 @@ BRIEF = dict(
     save_every=1,
     device="cpu",
 )
+SHORT = dict(steps=1, questions=2, eval_data="")
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Transformer:
     torch.manual_seed(seed)
-    shape = dict(
+    sizes = dict(
         vocab_size=5,
         hidden_size=16,
         intermediate_size=24,
@@ -71,8 +72,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> 
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    config = Config(**shape | changes)
-    model = Transformer(config)
+    model = Transformer(Config(**sizes | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(
             parameter, std=0.5
@@ -150,8 +150,10 @@ def estimator_args(name: str, **changes) -> Args:
     return replace(args, **changes)
 
 
-RANDOM = ("exact_match",)
-SINGLE = [name for name in AGGREGATORS if name not in (*GROUP_AGGREGATORS, *RANDOM)]
+SINGLE = []  # those whose J is a sum over single traces
+for NAME in AGGREGATORS:
+    if not (declares(NAME, "group") or declares(NAME, "random") or sees_text(NAME)):
+        SINGLE.append(NAME)
 
 
 def test_the_traces_of_the_enumeration_have_total_probability_one():
@@ -163,9 +165,16 @@ def test_the_traces_of_the_enumeration_have_total_probability_one():
     assert abs(total.item() - 1) < 1e-12
 
 
-@pytest.mark.parametrize("name", SINGLE)
-def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name):
-    model, traces, args = tiny_model(), every_trace(), estimator_args(name)
+QWENS = [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 6}]
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [*((name, {}) for name in SINGLE), *(("weighted_sum_log_prob", qwen) for qwen in QWENS)],
+    ids=str,
+)
+def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name, family):
+    model, traces, args = tiny_model(**family), every_trace(), estimator_args(name)
     exact_objective(model, name).backward()
     exact = gradient(model)
 
@@ -607,6 +616,45 @@ def test_every_aggregator_trains(tmp_path):
         assert all(value is not None for value in lines[-1].values()), name
 
 
+def test_a_qwen_trains_and_is_exported_as_one(tmp_path):
+    vocab = Tokenizer(Args.model).model.get_vocab_size()
+    base = tiny_model(dtype=torch.float32, qk_norm=True, vocab_size=vocab)
+    save_model(base, tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "nrt.json"):
+        shutil.copy(Path(Args.model) / name, tmp_path / "base")
+    lines = run(tmp_path / "run", model=str(tmp_path / "base"), **SHORT)
+    assert lines[-1]["grad_norm"] > 0 and lines[-1]["sampler_gap"] < 1e-4
+    config = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert config["model_type"] == "qwen3"
+    assert weights(tmp_path / "run/final").keys() == dict(base.named_parameters()).keys()
+
+
+LENGTHS = """
+import torch
+
+def brief(logp, null_logp, example, traces, tokenizer):
+    assert tokenizer.decode(example.answer).strip() == example.gold
+    return torch.tensor([-float(len(trace.ids)) for trace in traces])
+"""
+
+
+def test_a_reward_of_ones_own_sees_the_traces_that_are_trained_on(tmp_path):
+    (tmp_path / "mine.py").write_text(LENGTHS)
+    run(tmp_path / "run", aggregator=f"{tmp_path}/mine.py:brief", **SHORT)
+    (sample,) = map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
+    tokenizer = Tokenizer(Args.model)
+    lengths = [len(tokenizer.encode_prompt(trace["trace"])) for trace in sample["traces"]]
+    assert [trace["reward"] for trace in sample["traces"]] == [-length for length in lengths]
+
+
+def test_a_figure_of_ones_own_is_logged_as_its_mean_over_the_questions():
+    traces = sampled_group(tiny_model())
+    figures = [train_group(tiny_model(), traces, Args(questions=1)) for _ in range(2)]
+    assert not any(name.startswith("own_") for name in step_figures(figures, [1.0]))
+    figures[0]["own_size"], figures[1]["own_size"] = 3.0, 4.0
+    assert step_figures(figures, [1.0])["own_size"] == 3.5
+
+
 def test_the_frozen_null_think_is_the_initial_weights_whatever_has_been_learnt():
     initial, trained = tiny_model(0), tiny_model(1)
     [frozen] = frozen_null_logp(initial, [EXAMPLE], MARKER)
@@ -658,6 +706,7 @@ class CountProducts(TorchDispatchMode):
         result = function(*args, **kwargs or {})
         if function in (
             torch.ops.aten.mm.default,
+            torch.ops.aten.addmm.default,  # a product with a bias
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         ):
             self.count += 1
@@ -669,8 +718,9 @@ class CountProducts(TorchDispatchMode):
         return result
 
 
-def test_activation_checkpointing_changes_memory_and_no_gradient():
-    model, args = tiny_model(), Args(questions=1, traces=8, null_loss=0.5)
+@pytest.mark.parametrize("family", [{}, *QWENS], ids=str)
+def test_activation_checkpointing_changes_memory_and_no_gradient(family):
+    model, args = tiny_model(**family), Args(questions=1, traces=8, null_loss=0.5)
     traces, products, held = sampled_group(model), {}, {}
     plain = {
         micro: group_gradient(model, traces, replace(args, micro_traces=micro)) for micro in (0, 3)
@@ -741,6 +791,32 @@ def test_the_command_that_a_run_prints_makes_the_same_run():
     words = shlex.split(shlex.join(command_of(asdict(args))))
     assert words[:2] == ["python", "train.py"]
     assert parse_args(words[2:], "") == args
+
+
+def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"], train_module.__doc__)
+    shown = capsys.readouterr().out
+    sections = ["model and data:", "method:", "optimisation:", "memory and device:", "run:"]
+    assert [line for line in shown.splitlines() if line in sections] == sections
+    commands = [line for line in shown.splitlines() if line.startswith("    python train.py")]
+    assert len(commands) == 3 and "torchrun" in shown
+
+
+def test_args_made_in_python_are_those_of_the_command_line():
+    made = Args(data="mine.jsonl", prompt_format="Q: {question}\\nA:")
+    flags = ["--data", "mine.jsonl", "--prompt-format", "Q: {question}\\nA:"]
+    assert made == parse_args(flags, "")
+    assert made.eval_data == "" and made.device != "auto" and "\n" in made.prompt_format
+    with pytest.raises(InputError, match="--questions"):
+        train(Args(questions=5, updates=2))
+
+
+def test_another_model_under_the_embedded_tasks_defaults_is_told_the_papers():
+    assert hops_defaults(Args()) == hops_defaults(Args(lr=1e-3)) == ""
+    said = hops_defaults(Args(model="DIR", questions=64))
+    assert "--lr 0.0002 --max-trace 48 suits" in said and "--lr 2e-6 --max-trace 2048\n" in said
+    assert hops_defaults(Args(model="DIR", questions=64, lr=2e-6, max_trace=512)) == ""
 
 
 def test_every_flag_is_used():
@@ -883,11 +959,13 @@ def refusal(capsys, *argv: str) -> str:
         (["--clip-null", "--aggregator", "r3"], "--clip-null"),
         (["--resume", "--overwrite"], "--resume"),
         (["--model", "nowhere"], "nowhere"),
+        (["--model", "meta-llama/Llama-3.2-1B"], "hf download"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--marker", "<end>"], "<end>"),
         (["--prompt-format", "no place"], "{question}"),
         (["--max-prompt", "3"], "--max-prompt"),
+        (["--max-trace", "5000"], "--max-trace"),
         (["--activation-checkpointing", "some"], "--activation-checkpointing"),
     ],
 )

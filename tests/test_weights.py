@@ -57,13 +57,23 @@ def test_fields_absent_from_a_mistral_mean_what_they_mean_to_transformers(tmp_pa
     assert config.tie_word_embeddings is False
 
 
+def test_fields_absent_from_a_qwen_mean_what_they_mean_to_transformers(tmp_path):
+    config = config_of(tmp_path, "qwen2", OPTIONAL, num_attention_heads=32, hidden_size=64)
+    assert (config.num_key_value_heads, config.head_dim) == (32, 2)
+    assert (config.qkv_bias, config.qk_norm, config.sliding_window) == (True, False, None)
+    config = config_of(tmp_path, "qwen3", OPTIONAL, num_attention_heads=32)
+    assert (config.num_key_value_heads, config.head_dim) == (32, 128)
+    assert (config.qkv_bias, config.qk_norm, config.sliding_window) == (False, True, None)
+
+
 def test_null_is_not_absent(tmp_path):
     config = config_of(tmp_path, "mistral", sliding_window=None, num_key_value_heads=None)
     assert (config.sliding_window, config.num_key_value_heads) == (None, 4)
 
 
-def test_a_llama_has_no_sliding_window(tmp_path):
-    assert config_of(tmp_path, "llama", sliding_window=8).sliding_window is None
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_only_a_mistral_has_a_sliding_window(family, tmp_path):
+    assert config_of(tmp_path, family, sliding_window=8).sliding_window is None
 
 
 def test_rope_parameters_override_the_older_fields(tmp_path):
@@ -77,9 +87,17 @@ def test_rope_parameters_override_the_older_fields(tmp_path):
     assert (config.rope_theta, config.rope_scaling) == (500.0, None)
 
 
-def test_both_generations_of_llama31_read_the_same():
-    old = read_config(GOLDEN / "llama31_rope_scaling")
-    new = read_config(GOLDEN / "llama31_rope_parameters")
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("llama31_rope_scaling", "llama31_rope_parameters"),
+        ("qwen25_tied", "qwen25_rope_parameters"),
+        ("qwen3", "qwen3_rope_parameters"),
+    ],
+)
+def test_both_generations_of_a_config_read_the_same(old, new):
+    old = read_config(GOLDEN / old)
+    new = read_config(GOLDEN / new)
     assert replace(new, source=old.source) == old
 
 
@@ -237,7 +255,12 @@ SCALED_LLAMA = {
 
 @pytest.mark.parametrize(
     "family, changes",
-    [("llama", SCALED_LLAMA), ("mistral", {"sliding_window": 5, "head_dim": 6})],
+    [
+        ("llama", SCALED_LLAMA),
+        ("mistral", {"sliding_window": 5, "head_dim": 6}),
+        ("qwen2", {"qkv_bias": True, "tie_word_embeddings": True}),
+        ("qwen3", {"qk_norm": True, "head_dim": 6}),
+    ],
 )
 def test_a_model_made_here_gets_a_config_that_reads_back_as_it_was(family, changes, tmp_path):
     model = tiny.model(**changes)
@@ -373,6 +396,11 @@ def rewritten(name: str, tmp_path: Path, drop: str = "", **tensors: Tensor) -> P
     [
         ({"model_type": "gpt2"}, ["model_type", "gpt2"]),
         ({"model_type": None}, ["model_type"]),
+        ({"model_type": "qwen2_moe"}, ["model_type", "qwen2_moe", "qwen3 are"]),
+        ({"model_type": "qwen2_5_vl"}, ["model_type", "qwen2_5_vl"]),
+        ({"model_type": "qwen3_moe"}, ["model_type", "qwen3_moe"]),
+        ({"model_type": "qwen3", "use_sliding_window": True}, ["use_sliding_window"]),
+        ({"model_type": "qwen3", "attention_bias": True}, ["attention_bias"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),

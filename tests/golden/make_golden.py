@@ -3,8 +3,8 @@
 tests/golden/NAME/ is a directory as one downloads it (config.json, safetensors, sometimes an
 index), together with `expected.safetensors`:
 
-    tokens  [2, 24]      int64  random
-    logits  [2, 24, 96]  fp32   by transformers in fp32 with eager attention, from the files on disk
+    tokens  [2, 24]     int64  random
+    logits  [2, 24, V]  fp32   by transformers in fp32 with eager attention, from the files on disk
 
 model.py must reproduce the logits; that is tested without transformers. Random weights test as
 much as trained ones if the logits depend visibly on every field of config.json. This is checked
@@ -61,6 +61,31 @@ MISTRAL = {
     "model_type": "mistral",
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+# Real Qwens state a sliding window that is switched off.
+QWEN = {
+    **COMMON,
+    "attention_dropout": 0.0,
+    "bos_token_id": 30,
+    "eos_token_id": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "max_window_layers": 1,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "sliding_window": 8,
+    "use_sliding_window": False,
+    "vocab_size": 32,
+}
+QWEN2 = {**QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {
+    **QWEN,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 8,  # 4 heads x 8 over a hidden size of 16
+    "rope_scaling": None,
 }
 
 # At rope_theta 100 the four wavelengths are 6, 20, 63 and 199 positions. These two scalings cover
@@ -133,6 +158,11 @@ CONFIGS = {
         "rope_theta": 1000000.0,
         "sliding_window": None,
     },
+    # The smaller Qwens are tied.
+    "qwen2": QWEN2,
+    "qwen25_tied": {**QWEN2, "tie_word_embeddings": True},
+    "qwen3": QWEN3,
+    "qwen3_tied": {**QWEN3, "tie_word_embeddings": True},
 }
 
 # The same models loaded and saved by transformers 5: rope_parameters, shards with an index.
@@ -140,6 +170,8 @@ CONFIGS = {
 RESAVED = {
     "llama31_rope_parameters": ("llama31_rope_scaling", "1GB"),
     "sharded": ("mistral_v03", "40KB"),
+    "qwen25_rope_parameters": ("qwen25_tied", "1GB"),
+    "qwen3_rope_parameters": ("qwen3", "1GB"),
 }
 
 # Wrong readings of config.json that the logits must show.
@@ -159,11 +191,13 @@ MISTAKES = {
     "mistral_v01": [{"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 9}],
     "mistral_v03": [{"sliding_window": 8}, {"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}],
     "nemo": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}],
+    "qwen2": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}, {"use_sliding_window": True}],
+    "qwen3": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}, {"use_sliding_window": True}],
 }
 
 
 def write_model(folder: Path, config: dict) -> None:
-    """Writes config.json and random weights: matrices of std 0.2, norms around 1.
+    """Writes config.json and random weights: matrices and biases of std 0.2, norms around 1.
 
     With this std attention is far from uniform.
     """
@@ -220,7 +254,8 @@ def main() -> None:
             source, shard_size = RESAVED[name]
             resave_model(folder, HERE / source, shard_size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{source} tokens".encode()))
-        tokens = torch.randint(COMMON["vocab_size"], (BATCH, LENGTH), generator=generator)
+        vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+        tokens = torch.randint(vocab, (BATCH, LENGTH), generator=generator)
         expected = logits(folder, tokens)
         assert torch.equal(expected, logits(HERE / source, tokens)), f"{name} is not {source}"
         save_file({"tokens": tokens, "logits": expected}, folder / "expected.safetensors")

@@ -1,0 +1,118 @@
+"""Other files into pairs.jsonl, the one form that train.py and evaluate.py read.
+
+    python examples/convert.py --out pairs.jsonl gsm8k.parquet            question and answer
+    python examples/convert.py --out pairs.jsonl tulu-3.parquet           messages
+    python examples/convert.py --out pairs.jsonl --question-key prompt --answer-key completion \\
+        a.csv b.jsonl                                                     other names, several files
+
+.parquet needs pyarrow. A row with messages keeps them, any other its question and answer. All bad
+rows are listed (the first 20, and their number) and nothing is written; --skip-bad-rows goes on
+without them.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import parse_row
+from support.errors import InputError, OneLineParser, exit_on_bad_input, printable
+
+SHOWN = 20  # bad rows
+
+
+def rows_of(file: Path) -> Iterator[tuple[str, object]]:
+    """(where it stands, row) of a file. A line of JSONL that is not JSON is given as bytes."""
+    try:
+        if file.suffix == ".parquet":
+            yield from parquet_rows(file)
+        elif file.suffix == ".csv":
+            with open(file, newline="", encoding="utf-8-sig") as lines:
+                for number, row in enumerate(csv.DictReader(lines), start=1):
+                    yield f"{file}, row {number}", row
+        else:
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield f"{file}:{number}", read_line(line)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file}: not readable: {error}") from None
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
+    if not find_spec("pyarrow"):
+        raise InputError(f"{file}: needs pyarrow (pip install pyarrow)")
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file}: not a parquet file: {error}") from None
+
+
+def read_line(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+
+
+def convert(row: object, where: str, question_key: str, answer_key: str) -> str:
+    """A row -> its line of pairs.jsonl. InputError as train.py would refuse it."""
+    if isinstance(row, dict):
+        if row.get("messages") is not None:
+            row = {"messages": row["messages"]}
+        else:
+            keys = {"question": question_key, "answer": answer_key}
+            for key in keys.values():
+                if key not in row:
+                    raise InputError(f"{where}: no {key!r} among {', '.join(map(str, row))}")
+            row = {name: row[key] for name, key in keys.items()}
+    line = row if isinstance(row, bytes) else json.dumps(row).encode()
+    parse_row(line, where)
+    return line.decode()
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .csv or .parquet")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument("--question-key", default="question")
+    parser.add_argument("--answer-key", default="answer")
+    parser.add_argument("--skip-bad-rows", action="store_true")
+    args = parser.parse_args()
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    good, bad = 0, []
+    try:
+        with open(temporary, "w") as out:
+            for where, row in chain.from_iterable(map(rows_of, args.files)):
+                try:
+                    out.write(convert(row, where, args.question_key, args.answer_key) + "\n")
+                    good += 1
+                except InputError as error:
+                    bad.append(str(error))
+        for text in bad[:SHOWN]:
+            print(printable(text), file=sys.stderr)
+        if good == 0 or (bad and not args.skip_bad_rows):
+            advice = "; --skip-bad-rows goes on without them" if good else ""
+            raise InputError(f"{len(bad)} bad rows, {good} good ones{advice}")
+        temporary.replace(args.out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{good} rows in {args.out}, {len(bad)} left out")
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)()
