@@ -175,6 +175,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
             failure = error
     failure, result = gather_objects((failure, result))[0]
     if failure:
+        failure.said = rank() != 0
         raise failure
     return result
 

@@ -20,6 +20,8 @@ LINE = 500  # characters at both ends of an error; what it quotes may have any l
 class InputError(ValueError):
     """The input cannot be used. The text is one line: what, where, what would be right."""
 
+    said = False  # True on a rank where another one prints the line
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on, though its input was fine (the loss stays NaN, say). One line."""
@@ -89,6 +91,8 @@ def print_line(error: object, code: int, begin: str = "error: ") -> int:
         # The first rank of a machine prints first, and its exit usually ends this process within
         # the pause. What only this rank has met (a file missing in its view) is printed after it.
         time.sleep(5)
+    if getattr(error, "said", False):
+        return code
     text = printable(" ".join(str(error).split()))
     if len(text) > 2 * LINE:
         text = f"{text[:LINE]} ... {text[-LINE:]}"
