@@ -182,7 +182,8 @@ def in_context_rows(folder: Path) -> str:
     groups = sample_traces(model, prompts, 1, Args.max_trace, stop_ids=stop, cut_ids=cut)
     lines = []
     for example, (trace,) in zip(examples, groups, strict=True):
-        question = f"{example.question} {tokenizer.decode(trace.ids)}".strip()
+        ids = trace.ids[:-1] if trace.finished else trace.ids  # without the marker
+        question = f"{example.question} {tokenizer.decode(ids)}".strip()
         lines.append(json.dumps({"question": question, "answer": example.gold}) + "\n")
     return "".join(lines)
 
