@@ -10,7 +10,7 @@ flags=(
   --eval-data "${EVAL:-}"
   --out "${OUT:-runs/llama-3.1-8b}"
   --dtype bfloat16
-  --activation-checkpointing full  # weights, moments, the copy and its gradient sums take 64 GB: 16 are left
+  --activation-checkpointing full  # parameters and moments take 24 GB of a GPU in training, 28 while sampling
   --marker '<|reserved_special_token_0|>'  # the paper adds a token; one that Llama 3 keeps free starts as the same copy of eos
   --aggregator weighted_sum_log_prob --answer-weight fixed   # NRT-WS(-log p), omega = 1: the paper's best
   --questions 256 --updates 4      # 64 questions an update, 8 of them on each GPU
