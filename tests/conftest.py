@@ -28,6 +28,7 @@ def made(tmp_path_factory) -> Path:
     (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     back = os.getcwd()
     os.chdir(world)
+    LOCKS.clear()  # as below
     argv = ["--model=model", "--data=rows.jsonl", "--out=run", *BRIEF]
     train.train(train.parse_args(argv, ""))
     os.chdir(back)

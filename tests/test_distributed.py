@@ -120,7 +120,7 @@ SMOOTH = ["--scale=none", "--lr=1e-4"]
 @pytest.mark.parametrize(
     ("count", "flags"),
     [
-        (2, []),
+        # 2 without flags: test_two_nodes_train_the_same_model
         (2, ["--steps=3", "--micro-traces=2", "--updates=2"]),
         (2, ["--steps=3", "--traces=0"]),
         (4, ["--steps=3", "--dtype=bfloat16", "--activation-checkpointing=selective"]),

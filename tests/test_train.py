@@ -845,6 +845,7 @@ def start(out: Path, *flags: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_the_log_is_that_of_an_uninterrupted_run(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print("kill seed", seed)  # pytest shows it if the test fails
