@@ -1,6 +1,6 @@
 """Tables, rank correlations and the figure of examples/lab.py, from the CSV files that it wrote.
 
-    python examples/lab_report.py examples/lab/map    reads map.csv and map-before.csv there,
+    python examples/lab_report.py examples/hops/map   reads map.csv and map-before.csv there,
                                                       writes map.md and map.svg
 
 A cell of the table: hard tokens right (mean +- std over seeds), tokens of a trace, and how many of
@@ -214,46 +214,36 @@ def ranks(values: list[float]) -> list[float]:
 
 # ---- figure
 def draw_map(file: Path, rows: list[dict]) -> None:
-    """One panel per method: share of seeds that think, length x (sloppiness, noise)."""
+    """A row per method, a column per setting. Colour: share of seeds that think at the end; text:
+    hard tokens right. Both are ordered by how many cells think."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "lab"  # the same rows give the same file
     import matplotlib.pyplot as plt
 
-    cells = {
-        (method, easy, sloppy, noise): statistics.mean(row["survives"] for row in found)
-        for ((easy, sloppy, noise, _, _), method), found in group(rows).items()
-    }
-    methods = list(dict.fromkeys(method for method, *_ in cells))
-    lengths = sorted({easy for _, easy, _, _ in cells})
-    columns = sorted({(noise, sloppy) for _, _, sloppy, noise in cells})
-    across = min(5, len(methods))
-    down = -(-len(methods) // across)
-    figure, panels = plt.subplots(
-        down, across, figsize=(2.6 * across, 2.2 * down), layout="constrained", squeeze=False
-    )
-    for panel in panels.flat[len(methods) :]:
-        panel.set_visible(False)
-    for method, panel in zip(methods, panels.flat, strict=False):
-        picture = []
-        for easy in lengths:
-            line = []
-            for noise, sloppy in columns:
-                at = [v for (m, e, s, n), v in cells.items() if (m, e, n) == (method, easy, noise)]
-                known = cells.get((method, easy, sloppy, noise))
-                if easy == 0 and at:  # without an easy part there is no sloppiness
-                    known = at[0]
-                line.append(float("nan") if known is None else known)
-            picture.append(line)
-        image = panel.imshow(picture, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-        panel.set_title(method, fontsize=8)
-        names = [f"{sloppy}" + (f"\n{noise} noise" if noise else "") for noise, sloppy in columns]
-        panel.set_xticks(range(len(columns)), names, fontsize=6)
-        panel.set_yticks(range(len(lengths)), lengths, fontsize=7)
-    figure.supxlabel("sloppiness of the easy part after a trace, unpredictable tokens", fontsize=8)
-    figure.supylabel("easy tokens in the answer", fontsize=8)
-    figure.colorbar(image, ax=panels, label="share of seeds that think", shrink=0.7)
+    cells = group(rows)
+    share = {cell: mean_of(found, "survives") for cell, found in cells.items()}
+    settings = list(dict.fromkeys(setting for setting, _ in cells))
+    methods = list(dict.fromkeys(method for _, method in cells))
+    settings.sort(key=lambda setting: -sum(share.get((setting, m), 0) for m in methods))
+    methods.sort(key=lambda method: -sum(share.get((s, method), 0) for s in settings))
+    figure, axes = plt.subplots(figsize=(10.5, 4.6), layout="constrained")
+    picture = [[share.get((s, m), float("nan")) for s in settings] for m in methods]
+    image = axes.imshow(picture, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for y, method in enumerate(methods):
+        for x, setting in enumerate(settings):
+            if (setting, method) in cells:
+                text = f"{mean_of(cells[setting, method], 'hard_right'):.2f}"
+                dark = share[setting, method] < 0.5
+                axes.text(
+                    x, y, text, ha="center", va="center", fontsize=7, color="w" if dark else "k"
+                )
+    names = [label(setting).replace(", ", "\n") for setting in settings]
+    axes.set_xticks(range(len(settings)), names, fontsize=7)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.xaxis.tick_top()
+    figure.colorbar(image, ax=axes, label="share of seeds that think", shrink=0.8)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
