@@ -323,3 +323,9 @@ def test_verdicts_are_counted_against_what_most_seeds_do():
         "| placed on | keeps thinking | 1 | 0 |",
         "| placed on | removes thinking | 0 | 1 |",
     ]
+
+
+def test_the_committed_table_is_made_of_the_committed_runs():
+    hops = lab.ROOT / "examples" / "hops"
+    rows, before = report.read_csv(hops / "map.csv"), report.read_csv(hops / "map-before.csv")
+    assert (hops / "map.md").read_text() == report.report(rows, before) + "\n"

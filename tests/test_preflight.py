@@ -19,7 +19,7 @@ def group(rows: list[tuple[int, float, float]]) -> Group:
 
 
 # A worked trace costs the easy tokens some probability and makes the hard one likely.
-WORKED, RAMBLING, EMPTY = (12, 0.75, 0.90), (8, 0.75, 0.12), (0, 0.99, 0.12)
+WORKED, RAMBLING, EMPTY = (12, 0.45, 0.90), (8, 0.50, 0.12), (0, 0.99, 0.12)
 TAXED = group([WORKED, RAMBLING, RAMBLING, EMPTY, EMPTY])
 FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
 
@@ -28,10 +28,10 @@ FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
     ("name", "verdict"),
     [
         # the worked trace gains on the hard token, and loses on the easy ones:
-        ("weighted_sum_log_prob", "keeps thinking"),  # 0.78 * 2.1 = 1.65; 9 * 0.24 * 0.01 = 0.02
-        ("weighted_sum_inverse_prob", "keeps thinking"),  # 0.78 / 0.12 = 6.5; 9 * 0.24 / 0.99 = 2.2
-        ("arithmetic_mean", "removes thinking"),  # 0.78; 9 * 0.24 = 2.2
-        ("log_prob", "removes thinking"),  # log(0.9 / 0.12) = 2.0; 9 log(0.99 / 0.75) = 2.5
+        ("weighted_sum_log_prob", "keeps thinking"),  # 0.78 * 2.1 = 1.65; 9 * 0.54 * 0.01 = 0.05
+        ("weighted_sum_inverse_prob", "keeps thinking"),  # 0.78 / 0.12 = 6.5; 9 * 0.54 / 0.99 = 4.9
+        ("arithmetic_mean", "removes thinking"),  # 0.78; 9 * 0.54 = 4.9
+        ("log_prob", "removes thinking"),  # log(0.9 / 0.12) = 2.0; 9 log(0.99 / 0.45) = 7.1
         ("prob", "removes thinking"),
     ],
 )
