@@ -6,7 +6,7 @@ import torch
 
 from aggregate import AGGREGATORS, advantages, aggregate
 from data import Example
-from preflight import NAMES, Group, preflight, preflight_table, sample_group_scores
+from preflight import MARGIN, NAMES, Group, preflight, preflight_table, sample_group_scores, verdict
 
 EASY, HARD = 9, 1  # answer tokens
 
@@ -25,7 +25,7 @@ FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
 
 
 @pytest.mark.parametrize(
-    ("name", "verdict"),
+    ("name", "expected"),
     [
         # the worked trace gains on the hard token, and loses on the easy ones:
         ("weighted_sum_log_prob", "keeps thinking"),  # 0.78 * 2.1 = 1.65; 9 * 0.54 * 0.01 = 0.05
@@ -35,9 +35,17 @@ FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
         ("prob", "removes thinking"),
     ],
 )
-def test_where_a_trace_costs_easy_tokens_the_reward_decides(name, verdict):
+def test_where_a_trace_costs_easy_tokens_the_reward_decides(name, expected):
     row = preflight([TAXED] * 4, name)
-    assert row["verdict"] == verdict and row["dead"] == 0
+    assert row["verdict"] == expected and row["dead"] == 0
+
+
+def test_a_helpful_trace_may_get_less_than_the_empty_one_by_the_margin():
+    assert verdict(helpful=0.0, empty=MARGIN - 0.01, dead=0.0) == "keeps thinking"
+    assert verdict(helpful=0.0, empty=MARGIN + 0.01, dead=0.0) == "removes thinking"
+    # Half the price on the easy tokens: log_prob pays the empty trace more, but within the margin.
+    row = preflight([group([(12, 0.75, 0.90), (8, 0.75, 0.12), EMPTY, EMPTY])], "log_prob")
+    assert row["helpful"] < row["empty"] and row["verdict"] == "keeps thinking"
 
 
 @pytest.mark.parametrize("name", NAMES)
