@@ -579,6 +579,17 @@ def test_logged_samples_hold_the_log_probs_that_their_rewards_were_computed_from
         assert advantages(logged, weight=weight).tolist() == pytest.approx(advantage, abs=1e-5)
 
 
+def test_the_held_out_sample_has_the_null_think_that_rewards_use(plain_run, tmp_path):
+    def of_held_out(folder: Path) -> list[list[float]]:
+        lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+        return [line["null_logp"] for line in lines if line["held_out"]]
+
+    run(tmp_path / "frozen", null="frozen")
+    first, *later = of_held_out(tmp_path / "frozen")
+    assert later and all(null_logp == first for null_logp in later)
+    assert of_held_out(plain_run)[-1] != first  # the current policy's drifts
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(plain_run, tmp_path):
     assert without_clock(run(tmp_path / "again")) == without_clock(read_log(plain_run))
     assert without_clock(run(tmp_path / "other", seed=1)) != without_clock(read_log(plain_run))
