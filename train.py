@@ -317,6 +317,12 @@ def backward_in_micro_batches(
 
 
 # ---- update
+def equal_parts(items: list, count: int) -> list[list]:
+    """`items` cut into `count` lists of equal length, in order: one per optimizer update."""
+    size = len(items) // count
+    return [items[i * size : (i + 1) * size] for i in range(count)]
+
+
 def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
@@ -411,7 +417,7 @@ def train(args: Args) -> None:
         examples, position, skipped = next_examples(
             pairs, position, args.questions, args.seed, row_fits
         )
-        own = distributed.own_questions(examples, args.updates)  # this rank's
+        own = distributed.own_share(examples)  # this rank's questions
         with distributed.gathered_view(model) as view:
             groups = sample_groups(view, tokenizer, own, step, args)  # K traces each
         clock.lap("sample")
@@ -422,7 +428,7 @@ def train(args: Args) -> None:
 
         figures, norms = [], []
         work = list(zip(own, groups, frozen, strict=True))
-        for batch in distributed.equal_parts(work, args.updates):
+        for batch in equal_parts(work, args.updates):
             known = [None] * len(batch)
             if not in_one_backward(args):
                 with distributed.gathered_view(model) as view:
@@ -464,7 +470,7 @@ def train(args: Args) -> None:
             bad_updates = 0 if math.isfinite(norms[-1]) else bad_updates + 1
             clock.lap("update")
 
-        figures = distributed.in_batch_order(figures, args.updates)  # of all ranks
+        figures = distributed.all_shares(figures)  # of all ranks
         record = {"step": step} | step_figures(figures, norms) | clock.figures(figures)
         record |= {"lr": lr, "skipped_long": skipped}
         if held_out and (step % args.eval_every == 0 or step == args.steps):

@@ -181,32 +181,10 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
 
 # ---- which questions are whose
-def equal_parts(items: list[T], count: int) -> list[list[T]]:
-    """`items` cut into `count` lists of equal length, in order."""
-    size = len(items) // count
-    return [items[i * size : (i + 1) * size] for i in range(count)]
-
-
-def own_questions(batch: list[T], updates: int) -> list[T]:
-    """This rank's questions of a batch: its share of every optimizer update's, in their order."""
-    own = []
-    for questions in equal_parts(batch, updates):
-        own += equal_parts(questions, world_size())[rank()]
-    return own
-
-
-def in_batch_order(own: list[T], updates: int) -> list[T]:
-    """The inverse: what all ranks hold for their own questions, in the order of the batch."""
-    by_rank = [equal_parts(values, updates) for values in gather_objects(own)]
-    ordered = []
-    for update in range(updates):
-        for parts in by_rank:
-            ordered += parts[update]
-    return ordered
-
-
 def own_share(items: list[T]) -> list[T]:
-    """This rank's part of items that need not divide evenly."""
+    """This rank's part of the items: every W-th, so a batch's share has equally many questions of
+    each optimizer update if an update's number of questions is a multiple of W (support/args.py).
+    """
     return items[rank() :: world_size()]
 
 

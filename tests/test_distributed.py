@@ -16,13 +16,9 @@ from safetensors import safe_open
 import support.weights as weights_module
 from support import distributed
 from support.args import parse_args
-from support.distributed import (
-    equal_parts,
-    in_batch_order,
-    own_questions,
-    own_rows,
-)
+from support.distributed import all_shares, own_rows, own_share
 from support.weights import empty_model, load_model, read_config, read_tensors
+from train import equal_parts
 
 ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
@@ -311,11 +307,11 @@ def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, upd
     own = []
     for rank in range(ranks):
         pretend(monkeypatch, rank, ranks)
-        own.append(own_questions(batch, updates))
+        own.append(own_share(batch))
         for first, part in enumerate(equal_parts(own[-1], updates)):  # each update trains its own
             assert set(part) <= set(equal_parts(batch, updates)[first])
     monkeypatch.setattr(distributed, "gather_objects", lambda value: own)
-    assert in_batch_order(own[0], updates) == batch
+    assert all_shares(own[0]) == batch
 
 
 def test_several_processes_refuse_with_one_line_between_them(alone):
