@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train report figure test check clean
+.PHONY: train lab report figure test check clean
 
 # The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
 # SFT never starts. Two to three minutes on 2 CPU cores.
@@ -13,6 +13,10 @@ train: .venv/ready
 	$(BIN)/python train.py --out runs/hops-rlpr --overwrite --aggregator arithmetic_mean
 	$(BIN)/python train.py --out runs/hops-sft --overwrite --traces 0
 	$(BIN)/python examples/hops/compare.py runs/hops runs/hops-rlpr runs/hops-sft
+
+# With and without an easy part of the answer: where RLPR's mean stops thinking. Under ten minutes.
+lab: .venv/ready
+	$(BIN)/python examples/lab.py --quick
 
 # The runs of `make train` as one HTML page: curves, traces, token by token.
 report: .venv/ready
