@@ -11,14 +11,17 @@ import pytest
 import tiny
 import torch
 
+import train
+from bench import make_model as bench_make_model
 from bench import memory as bench_memory
 from bench import recipes
 from bench import sample as bench_sample
 from bench import step as bench_step
+from model import Config
 from support import distributed
 from support.distributed import whole
 from support.errors import exit_on_bad_input
-from support.weights import save_model
+from support.weights import empty_model, load_model, read_config, save_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -106,6 +109,32 @@ def test_no_trace_ends_with_the_marker(directory):
     groups = [[recipes.Trace([marker] * 4, [0.0] * 4, finished=False)]]
     ((trace,),) = recipes.unfinished(groups, work.args)
     assert trace.ids[:3] == [marker] * 3 and trace.ids[3] != marker
+
+
+# ---- models of known shapes
+def test_a_model_of_a_shape_has_the_parameters_of_the_published_one():
+    published = {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}
+    for shape, count in published.items():
+        model = empty_model(Config(**bench_make_model.SHAPES[shape]))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_a_made_model_keeps_its_vocabulary_trains_and_is_the_same_again(tmp_path):
+    count = bench_make_model.make_model("tiny", tmp_path / "made", layers=1)
+    again = bench_make_model.make_model("tiny", tmp_path / "again", layers=1)
+    assert read_config(tmp_path / "made").num_hidden_layers == 1
+    made = load_model(tmp_path / "made")
+    assert made.embed_tokens.weight.shape == (512, 64)  # the tokenizer has 83 words
+    assert sum(parameter.numel() for parameter in made.parameters()) == count == again
+    for a, b in zip(made.parameters(), load_model(tmp_path / "again").parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert made.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.all(made.norm.weight == 1)
+    flags = ["--questions=2", "--traces=2", "--steps=1", "--max-trace=4", "--eval-data="]
+    argv = ["--model", str(tmp_path / "made"), "--out", str(tmp_path / "run"), *flags]
+    train.train(train.parse_args([*argv, "--device=cpu"], ""))
+    (line,) = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert json.loads(line)["trace_len_mean"] > 3  # no trace ends early
 
 
 # ---- what is printed
@@ -204,6 +233,8 @@ def test_what_a_decode_step_needs(tied):
         (bench_sample, ["--rows", "8", "0"], "--rows 0"),
         (bench_sample, ["--rows", "8", "8"], "--rows 8 8"),
         (bench_sample, ["--new", "1"], "--new 1"),
+        (bench_make_model, ["--out", "made"], "--shape"),
+        (bench_make_model, ["--shape", "tiny", "--out", "made", "--layers", "-1"], "--layers -1"),
         (bench_memory, ["--ranks", "2", "0"], "--ranks 0"),
         (bench_memory, ["--beside", "nowhere"], "--beside nowhere"),
     ],
