@@ -196,7 +196,6 @@ def longest(part: str, found: dict[str, tuple[float, float]]) -> list[dict]:
 
 # ---- a run that is killed and resumed
 STEPS, SAVED, KILLED = 20, 10, 14  # the last step, the checkpoint, the log line that is waited for
-RUN = f"--steps {STEPS} --save-every {SAVED} --questions 4 --traces 4 --max-trace 16"
 BOUND = 1e-5  # relative, of the first step after the checkpoint: same parameters, same traces
 
 
@@ -208,8 +207,10 @@ def resume(flags: argparse.Namespace) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run/log.jsonl"
-        words = ["train.py", *RUN.split(), "--out", str(log.parent), "--device", flags.device]
-        command = [sys.executable, *words, "--eval-data", ""]
+        run = f"train.py --steps {STEPS} --save-every {SAVED} --eval-data= --out {log.parent} "
+        run += f"--questions {flags.questions} --traces {flags.traces} --max-trace {flags.new} "
+        run += f"--device {flags.device}"
+        command = [sys.executable, *run.split()]
         killed = subprocess.Popen(command, cwd=machine.ROOT, stdout=sys.stderr)
         while killed.poll() is None and len(losses(log)) < KILLED:
             time.sleep(0.01)
