@@ -69,11 +69,11 @@ DAYS: dict[int, list[Section]] = {
         ("resume", 90, "bench/probes.py resume --device {device} {resumed}"),
         ("head", 130, "bench/logprob.py --json {head}"),
         ("head, few rows", 80, "bench/logprob.py --json {small_head}"),
-        ("laboratory", 220, "examples/lab.py {lab} --out {work}/lab"),
+        ("laboratory", 220, "examples/lab.py {lab} --out {work}"),
         ("head, others", 120, "bench/logprob.py --json {other_head}"),
     ],
 }
-KEPT = ("lab/quick.md", "lab/quick.csv")  # copied from {work} to --out
+KEPT = ("quick.md", "quick.csv")  # copied from {work} to --out
 
 # The words in a command: on a GPU, in a dry run.
 STEP = "--questions 1 --traces 2 --prompt 8 --new 4 --answer 4"
@@ -108,7 +108,7 @@ SHOWN = {
     "bench/probes.py resume": "steps bit_equal first largest bound",
     "bench/sample.py": "rows rows tokens_per_s step_ms bandwidth_share matmul_share",
     "bench/step.py": "total_s sample_s score_update_s peak_mb ratios transformers dense",
-    "bench/logprob.py": "rows n v name mode ms tflops of_mm peak_mb logp_error note",
+    "bench/logprob.py": "rows n v name mode ms of_mm peak_mb logp_error note",
 }
 
 
@@ -173,17 +173,19 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         lines.append(f"{row['name']:15s} {row['outcome']:12s} {row.get('seconds', 0):4.0f} s")
-        if row["outcome"] != "ok" or "result" not in row:
+        if "result" not in row:
             lines[-1] += f"  {row.get('last_line', '')[:80]}".rstrip()
             continue
         result = row["result"]
-        keys = next(keys for script, keys in SHOWN.items() if script in row["command"]).split()
-        if keys[0] != "rows":
-            lines[-1] += "  " + ", ".join(f"{key} {short(result.get(key))}" for key in keys)
+        shown = [keys for script, keys in SHOWN.items() if script in row["command"]]
+        first, *others = shown[0].split() if shown else result
+        if first != "rows":
+            figures = [f"{key} {short(result.get(key))}" for key in (first, *others)]
+            lines[-1] += "  " + ", ".join(figures)
             continue
-        lines.append("  " + " ".join(keys[1:]))
-        for line in result["rows"][:TABLE_LINES]:
-            lines.append("  " + " ".join(short(line.get(key)) for key in keys[1:]))
+        lines.append("  " + " ".join(others))
+        for line in result.get("rows", [])[:TABLE_LINES]:
+            lines.append("  " + " ".join(short(line.get(key)) for key in others).rstrip())
     return "\n".join(lines)
 
 
@@ -194,10 +196,17 @@ def short(value: object) -> str:
     if isinstance(value, dict):
         inner = ",".join(f"{key}={short(item)}" for key, item in value.items())
         return "{" + inner + "}"
-    return "-" if value is None else str(value).replace(" ", "")[:40]
+    return "-" if value is None else str(value).replace(" ", "")[:32]
 
 
 # ---- a day
+def words(dry: bool, work: Path) -> dict[str, str]:
+    """What the {words} of a command stand for."""
+    peer = "transformers" if find_spec("transformers") else "dense"
+    sizes = {word: values[dry] for word, values in SIZES.items()}
+    return sizes | {"work": str(work), "peer": peer}
+
+
 def run_day(day: int, dry: bool, out: Path, sections: list[Section], total: float = TOTAL) -> int:
     """Runs the sections, writes day-N.json and day-N.log -> how many were not ok."""
     began = time.monotonic()
@@ -208,13 +217,12 @@ def run_day(day: int, dry: bool, out: Path, sections: list[Section], total: floa
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        words = {word: values[dry] for word, values in SIZES.items()} | {"work": folder}
-        words["peer"] = "transformers" if find_spec("transformers") else "dense"
         for name, limit, command in sections:
             left = total - (time.monotonic() - began)
             machine.say(f"{name}, {left:.0f} s left")
             if left > 1:
-                rows.append(run(name, command.format(**words), min(limit, left), work, log))
+                command = command.format(**words(dry, work))
+                rows.append(run(name, command, min(limit, left), work, log))
             else:
                 rows.append({"name": name, "outcome": "no time left"})
             text = json.dumps(result | {"sections": rows}, indent=1)

@@ -382,7 +382,7 @@ def table_line(row: dict) -> str:
     return " ".join([*cells, row["note"]]).rstrip()
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape")
     shape_help = "rows, their size, vocabulary: this shape; may be repeated"
@@ -395,7 +395,11 @@ def main() -> None:
     rounds_help = "timed runs of each (default: 20 on a GPU, 5 on a CPU, 3 with --quick)"
     parser.add_argument("--rounds", type=int, default=0, help=rounds_help)
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)  # see peak_mb
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     if args.memory_of:
         name, mode, *shape = args.memory_of
         return print(measure_peak_mb(tuple(map(int, shape)), name, mode))

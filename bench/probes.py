@@ -110,7 +110,9 @@ def attention_kernels(record: profile) -> list[dict]:
     found: dict[str, dict] = {}
     for event in record.key_averages(group_by_input_shape=True):
         if event.key.endswith(ATTENTION):
-            row = found.setdefault(event.key, {"kernel": event.key, "calls": 0, "shapes": 0})
+            row = found.setdefault(
+                event.key, {"kernel": event.key.removeprefix("aten::"), "calls": 0, "shapes": 0}
+            )
             row["calls"] += event.count
             row["shapes"] += 1
             row["q"], row["k"] = event.input_shapes[:2]
