@@ -322,25 +322,27 @@ def three_products(problem: Problem, rounds: int) -> float:
     return statistics.median(seconds(products) for _ in range(rounds))
 
 
+VARIANTS = {  # of the configuration HOPPER; tests/test_logprob_compile.py compiles them
+    "table": {},
+    "flatten": {"flatten": True},
+    "specialize": {"warps": 4, "specialize": True},
+    "group 4": {"group": 4},
+    "group 16": {"group": 16},
+    "3 stages": {"stages": 3},
+    "128 columns": {"bn": 128},
+}
+
+
 def measure_variants(shape: Shape, rounds: int) -> list[dict]:
     """Hopper configurations that compile for sm_90, in the place of the one in the table."""
     from kernels import logprob_triton
 
     base = logprob_triton.HOPPER
-    variants = {
-        "table": base,
-        "flatten": replace(base, flatten=True),
-        "specialize": replace(base, warps=4, specialize=True),
-        "group 4": replace(base, group=4),
-        "group 16": replace(base, group=16),
-        "3 stages": replace(base, stages=3),
-        "128 columns": replace(base, bn=128),
-    }
     n, h, v = shape
     problem = Problem(shape)
     rows = []
-    for name, config in variants.items():
-        logprob_triton.HOPPER = config
+    for name, changes in VARIANTS.items():
+        logprob_triton.HOPPER = replace(base, **changes)
         for mode in ("fwd", "total"):
             row = dict(name=name, mode=mode, n=n, h=h, v=v, zero=0.0, temperature=1.0)
             found, row["note"] = attempt(errors, problem, linear_logprob)
