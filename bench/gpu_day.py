@@ -39,14 +39,14 @@ TABLE_LINES = 40  # of a section, at most: the table of a day stays below 12,000
 GRACE = 5  # seconds from SIGTERM to SIGKILL: torchrun and the laboratory stop their processes
 
 Section = tuple[str, int, str]  # name, limit in seconds, arguments of python
-TRAIN = "train.py --device {device} --steps {steps} --out {work}"
+TRAIN = "train.py --device {device} {batch} --out {work}"
 RANK = "-m torch.distributed.run --standalone --nproc-per-node 1"
 DAYS: dict[int, list[Section]] = {
     1: [  # probes
         ("limits", 40, "bench/probes.py limits"),
         ("make", 60, "bench/make_model.py {1b} --layers 2 --out {work}/1b-2"),
-        ("train", 60, TRAIN + "/plain"),
-        ("nccl", 60, f"{RANK} {TRAIN}/nccl --dtype bfloat16"),
+        ("train", 60, TRAIN + "/plain --steps 3"),
+        ("nccl", 60, f"{RANK} {TRAIN}/nccl --steps 3 --dtype bfloat16"),
         ("attention", 60, "bench/probes.py attention --model {work}/1b-2 {question}"),
         ("first call", 90, "bench/probes.py first --model {work}/1b-2 {question}"),
         ("logprob tests", 150, "-m pytest tests/test_logprob.py {logprob_tests}"),
@@ -65,7 +65,7 @@ DAYS: dict[int, list[Section]] = {
         ("peer 8B, 4", 90, "bench/step.py --json --model {work}/8b-4 {lengths} --only {peer}"),
     ],
     3: [  # record
-        ("hops", 60, TRAIN + "/hops"),
+        ("hops", 60, TRAIN + "/hops --steps {steps}"),
         ("resume", 90, "bench/probes.py resume --device {device} {resumed}"),
         ("head", 130, "bench/logprob.py --json {head}"),
         ("head, few rows", 80, "bench/logprob.py --json {small_head}"),
@@ -81,7 +81,8 @@ HEAD = "--shape 8 64 512 --rounds 1"
 HEAD_ONCE = "--memory-of ours total 8 64 512"  # a CPU takes a process for each figure of memory
 SIZES = {
     "device": ("cuda", "cpu"),
-    "steps": ("30", "2 --questions 2 --traces 2 --eval-questions 2"),
+    "batch": ("", "--questions 2 --traces 2 --eval-questions 2"),
+    "steps": ("30", "2"),
     "1b": ("--shape llama-3.2-1b", "--shape tiny"),
     "8b": ("--shape llama-3.1-8b", "--shape tiny"),
     "question": ("--questions 1 --prompt 500 --new 128", STEP),
@@ -253,9 +254,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     flags = parse(sys.argv[1:])
     flags.out.mkdir(parents=True, exist_ok=True)
+    if flags.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the sections: a dry run takes no GPU
+    patience = 10 if flags.dry_run else 1  # a busy CPU is no failure
     failed = 0
     for day in [flags.day] if flags.day else DAYS:
-        failed += run_day(day, flags.dry_run, flags.out, DAYS[day])
+        sections = [(name, patience * limit, command) for name, limit, command in DAYS[day]]
+        failed += run_day(day, flags.dry_run, flags.out, sections, patience * TOTAL)
     sys.exit(failed > 0)
 
 
