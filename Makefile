@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train lab report figure test check clean
+.PHONY: train lab report figure test check clean test-2.11
 
 # The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
 # SFT never starts. Two to three minutes on 2 CPU cores.
@@ -27,6 +27,11 @@ test: .venv/ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The same on torch 2.11.0 for CUDA 13.0, whose Triton is 3.6.0: the oldest versions supported, and
+# those of a GPU image. They install without a GPU: 4.7 GB.
+test-2.11: .torch-2.11/ready
+	PYTHONPATH=$(CURDIR)/.torch-2.11 $(BIN)/python -m pytest
 
 # Kills, hangs and full disks, on whole runs: about ten minutes.
 check: .venv/ready-to-test
@@ -60,5 +65,11 @@ figure: .venv/ready
 	$(BIN)/pip install --quiet --no-deps --target .triton-3.6.0 triton==3.6.0
 	touch $@
 
+# numpy: the interpreter of Triton 3.6.0 needs one below 2.4.
+.torch-2.11/ready: .venv/ready-to-test
+	rm -rf .torch-2.11
+	$(BIN)/pip install --quiet --target .torch-2.11 torch==2.11.0 numpy==2.3.5
+	touch $@
+
 clean:
-	rm -rf .venv .triton-3.6.0 runs
+	rm -rf .venv .triton-3.6.0 .torch-2.11 runs

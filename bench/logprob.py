@@ -2,11 +2,12 @@
 
     python bench/logprob.py                 # all shapes for this machine
     python bench/logprob.py --quick         # one shape
-    python bench/logprob.py --json          # prints one JSON object as the last line
+    python bench/logprob.py --shape 1024 4096 128256    # this shape, N H V; may be repeated
     python bench/logprob.py --variants      # a Hopper GPU: which kernel configuration is fastest
+    --json: one JSON object as the last line; --save: bench/results/logprob-<device>-<date>.json
 
-A run writes bench/results/logprob-<device>-<date>.json and prints a table. The mode of a row is fwd
-(log-probs without gradients) or total (log-probs and gradients). Measured in this order:
+The mode of a row is fwd (log-probs without gradients) or total (log-probs and gradients). Measured
+in this order:
 
 1. Peak memory beyond the inputs and the gradients. On a CPU each contender gets a fresh process,
    because a process only knows the peak of its whole life.
@@ -17,11 +18,17 @@ A run writes bench/results/logprob-<device>-<date>.json and prints a table. The 
 TFLOP/s count 2 N H V for fwd. For total they count 8 N H V, or 6 N H V if the logits are not
 recomputed. Rows with upstream gradient 0 are counted too. "% mm" is the share of the TFLOP/s that
 the three matrix products alone reach. A contender that fails has the reason in its row.
+
+Kernels of other projects are contenders on a GPU where they are installed: Liger's (pip install
+liger-kernel) and QuACK's (quack-kernels). Those that return only the sum over all tokens compute
+the gradients of that sum in the forward pass: no weights per token, no errors in the table.
 """
 
 import argparse
 import functools
 import gc
+import importlib
+import importlib.util
 import json
 import resource
 import statistics
@@ -84,10 +91,35 @@ def chunked(hidden, weight, target, temperature, step=naive) -> Tensor:
 
 def torch_linear_cross_entropy(hidden, weight, target, temperature) -> Tensor:
     """The fused function of torch 2.13; its output has the input's dtype."""
-    if temperature != 1:
-        raise NotImplementedError("no temperature")
+    check_no_temperature(temperature)
     options = torch.nn.LinearCrossEntropyOptions()
     return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+
+def liger_scaled(hidden, weight, target, temperature) -> Tensor:
+    """Liger's kernel with our contract (from 0.8.5); on Hopper it needs its extra [cutedsl]."""
+    module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+    return -function.apply(hidden, weight, target, temperature)
+
+
+def liger_sum(hidden, weight, target, temperature) -> Tensor:
+    """Liger's Triton kernel, as trainers use it."""
+    module = importlib.import_module("liger_kernel.transformers.functional")
+    check_no_temperature(temperature)
+    function = module.liger_fused_linear_cross_entropy
+    return -function(hidden, weight, target, reduction="sum")
+
+
+def quack_sum(hidden, weight, target, temperature) -> Tensor:
+    module = importlib.import_module("quack.linear_cross_entropy")
+    check_no_temperature(temperature)
+    return -module.chunked_linear_cross_entropy(hidden, weight, target, reduction="sum")
+
+
+def check_no_temperature(temperature: float) -> None:
+    if temperature != 1:
+        raise NotImplementedError("no temperature")
 
 
 @functools.cache
@@ -102,7 +134,15 @@ def contenders() -> dict[str, Callable]:
     # on a CPU it takes ten times as long as naive
     if CUDA and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["F.linear_cross_entropy"] = torch_linear_cross_entropy
+    if CUDA and importlib.util.find_spec("liger_kernel"):
+        found["Liger, per token"] = liger_scaled
+        found["Liger, sum"] = liger_sum
+    if CUDA and importlib.util.find_spec("quack"):
+        found["QuACK, sum"] = quack_sum
     return found
+
+
+NO_RECOMPUTATION = ("naive", "compiled", "Liger, sum", "QuACK, sum")
 
 
 # ---- one measurement
@@ -128,7 +168,8 @@ class Problem:
         with torch.set_grad_enabled(mode == "total"):
             logp = f(self.hidden, self.weight, self.target, self.temperature)
         if mode == "total":
-            logp.backward(self.g.to(logp.dtype))
+            upstream = self.g if logp.dim() else torch.ones_like(logp)
+            logp.backward(upstream.to(logp.dtype))
         return logp.detach()
 
     @functools.cached_property
@@ -162,8 +203,13 @@ def seconds(f: Callable, *arguments) -> float:
 
 
 def errors(problem: Problem, f: Callable) -> dict[str, float]:
-    """Largest |d logp|; relative 2-norm error of the first 64 rows of each gradient."""
+    """Largest |d logp|; relative 2-norm error of the first 64 rows of each gradient.
+
+    Nothing for a contender that returns the sum alone.
+    """
     logp = problem.run(f, "total")
+    if logp.dim() == 0:
+        return {}
     exact_logp, exact_d_hidden, exact_d_weight = problem.exact
     d_hidden = problem.hidden.grad[:64].double() - exact_d_hidden
     d_weight = problem.weight.grad[:64].double() - exact_d_weight
@@ -249,7 +295,7 @@ def measure(shape: Shape, rounds: int, zero=0.0, temperature=1.0, memory=True) -
 
     mm_tflops = 6 * n * h * v / three_products(problem, rounds) / 1e12
     for row, row_times in zip(working, times, strict=True):
-        factor = 6 if row["name"] in ("naive", "compiled") else 8
+        factor = 6 if row["name"] in NO_RECOMPUTATION else 8
         if row["mode"] == "fwd":
             factor = 2
         median = statistics.median(row_times)
@@ -276,25 +322,27 @@ def three_products(problem: Problem, rounds: int) -> float:
     return statistics.median(seconds(products) for _ in range(rounds))
 
 
+VARIANTS = {  # of the configuration HOPPER; tests/test_logprob_compile.py compiles them
+    "table": {},
+    "flatten": {"flatten": True},
+    "specialize": {"warps": 4, "specialize": True},
+    "group 4": {"group": 4},
+    "group 16": {"group": 16},
+    "3 stages": {"stages": 3},
+    "128 columns": {"bn": 128},
+}
+
+
 def measure_variants(shape: Shape, rounds: int) -> list[dict]:
     """Hopper configurations that compile for sm_90, in the place of the one in the table."""
     from kernels import logprob_triton
 
     base = logprob_triton.HOPPER
-    variants = {
-        "table": base,
-        "flatten": replace(base, flatten=True),
-        "specialize": replace(base, warps=4, specialize=True),
-        "group 4": replace(base, group=4),
-        "group 16": replace(base, group=16),
-        "3 stages": replace(base, stages=3),
-        "128 columns": replace(base, bn=128),
-    }
     n, h, v = shape
     problem = Problem(shape)
     rows = []
-    for name, config in variants.items():
-        logprob_triton.HOPPER = config
+    for name, changes in VARIANTS.items():
+        logprob_triton.HOPPER = replace(base, **changes)
         for mode in ("fwd", "total"):
             row = dict(name=name, mode=mode, n=n, h=h, v=v, zero=0.0, temperature=1.0)
             found, row["note"] = attempt(errors, problem, linear_logprob)
@@ -336,15 +384,24 @@ def table_line(row: dict) -> str:
     return " ".join([*cells, row["note"]]).rstrip()
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape")
+    shape_help = "rows, their size, vocabulary: this shape; may be repeated"
+    parser.add_argument(
+        "--shape", nargs=3, type=int, action="append", metavar=("N", "H", "V"), help=shape_help
+    )
     parser.add_argument("--json", action="store_true", help="JSON as the last line")
+    parser.add_argument("--save", action="store_true", help="write it to bench/results/")
     parser.add_argument("--variants", action="store_true", help="kernel configurations (Hopper)")
     rounds_help = "timed runs of each (default: 20 on a GPU, 5 on a CPU, 3 with --quick)"
     parser.add_argument("--rounds", type=int, default=0, help=rounds_help)
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)  # see peak_mb
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     if args.memory_of:
         name, mode, *shape = args.memory_of
         return print(measure_peak_mb(tuple(map(int, shape)), name, mode))
@@ -357,8 +414,9 @@ def main() -> None:
     rows = []
     if args.variants:
         rows += measure_variants(QUICK, rounds)
-    elif args.quick:
-        rows += measure(QUICK, rounds)
+    elif args.quick or args.shape:
+        for shape in args.shape or [QUICK]:
+            rows += measure(tuple(shape), rounds)
     else:
         for shape in SHAPES:
             print(f"N, H, V = {shape}", file=sys.stderr, flush=True)
@@ -367,13 +425,13 @@ def main() -> None:
             rows += measure(SHAPES[0], max(3, rounds // 2), zero, temperature, memory=False)
     command = " ".join(["python bench/logprob.py", *sys.argv[1:]])
     result |= dict(dtype=str(DTYPE), rounds=rounds, command=command, rows=rows)
-    tag = "variants" if args.variants else "quick" if args.quick else ""
-    path = save("logprob", result, tag)
-
-    print(f"{headline(result)}; {path.name}")
+    print(headline(result))
     print(*(heading.rjust(width) for heading, _, width, _ in COLUMNS))
     for row in rows:
         print(table_line(row))
+    if args.save:
+        tag = "variants" if args.variants else "quick" if args.quick or args.shape else ""
+        print(f"wrote {save('logprob', result, tag).relative_to(ROOT)}")
     if args.json:
         print(json.dumps(result))
 

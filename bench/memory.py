@@ -16,31 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, os.environ.get("MEASURED_TREE") or str(Path(__file__).resolve().parents[1]))
 from bench import machine
-from model import Config, Transformer
 from support.errors import InputError, OneLineParser, exit_on_bad_input
-from support.weights import read_config, save_model
 
 ROOT = machine.ROOT
 PARTS = ("sample", "score", "update")
-SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14}
-SHAPE |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64}
 FLAGS = "--device cpu --dtype bfloat16 --steps 3 --questions 4 --traces 2 --max-trace 4"
 PAIR = '{"question": "from ann go 1 ?", "answer": "kim"}\n'
-
-
-def make_model(folder: Path) -> int:
-    """A random model behind the tokenizer of the embedded task -> its number of parameters."""
-    base = ROOT / "examples/hops/base"
-    config = Config(**vars(read_config(base)) | SHAPE | {"source": {}})
-    model = Transformer(config)
-    save_model(model, folder, torch.bfloat16)
-    for file in ("tokenizer.json", "tokenizer_config.json", "nrt.json"):
-        (folder / file).write_bytes((base / file).read_bytes())
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def measured_rank(out: Path) -> None:
@@ -84,6 +67,8 @@ def peaks_of(tree: Path, model: Path, ranks: int) -> dict[str, float]:
 
 
 def main() -> None:
+    from bench.make_model import make_model  # here: a rank may run in a checkout without it
+
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="processes")
     parser.add_argument("--beside", help="another checkout")
@@ -97,7 +82,7 @@ def main() -> None:
     trees = {"ours": ROOT} | ({"beside": Path(flags.beside)} if flags.beside else {})
     result = machine.circumstances("cpu") | {"flags": FLAGS, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        result["parameters"] = make_model(Path(folder))
+        result["parameters"] = make_model("100m", folder)
         print(f"{machine.headline(result)}\n{result['parameters'] / 1e6:.1f}M parameters, MB")
         print(f"{'':8s}{'ranks':>8s}" + "".join(f"{part:>8s}" for part in PARTS))
         for ranks in flags.ranks:

@@ -1,7 +1,9 @@
 """The benchmarks run, print their figures and refuse bad input; their contenders do equal work."""
 
 import argparse
+import fcntl
 import json
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +13,18 @@ import pytest
 import tiny
 import torch
 
+import train
+from bench import gpu_day, probes, recipes
+from bench import logprob as bench_logprob
+from bench import make_model as bench_make_model
 from bench import memory as bench_memory
-from bench import recipes
 from bench import sample as bench_sample
 from bench import step as bench_step
+from model import Config
 from support import distributed
 from support.distributed import whole
 from support.errors import exit_on_bad_input
-from support.weights import save_model
+from support.weights import empty_model, load_model, read_config, save_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -108,6 +114,32 @@ def test_no_trace_ends_with_the_marker(directory):
     assert trace.ids[:3] == [marker] * 3 and trace.ids[3] != marker
 
 
+# ---- models of known shapes
+def test_a_model_of_a_shape_has_the_parameters_of_the_published_one():
+    published = {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}
+    for shape, count in published.items():
+        model = empty_model(Config(**bench_make_model.SHAPES[shape]))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_a_made_model_keeps_its_vocabulary_trains_and_is_the_same_again(tmp_path):
+    count = bench_make_model.make_model("tiny", tmp_path / "made", layers=1)
+    again = bench_make_model.make_model("tiny", tmp_path / "again", layers=1)
+    assert read_config(tmp_path / "made").num_hidden_layers == 1
+    made = load_model(tmp_path / "made")
+    assert made.embed_tokens.weight.shape == (512, 64)  # the tokenizer has 83 words
+    assert sum(parameter.numel() for parameter in made.parameters()) == count == again
+    for a, b in zip(made.parameters(), load_model(tmp_path / "again").parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert made.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.all(made.norm.weight == 1)
+    flags = ["--questions=2", "--traces=2", "--steps=1", "--max-trace=4", "--eval-data="]
+    argv = ["--model", str(tmp_path / "made"), "--out", str(tmp_path / "run"), *flags]
+    train.train(train.parse_args([*argv, "--device=cpu"], ""))
+    (line,) = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert json.loads(line)["trace_len_mean"] > 3  # no trace ends early
+
+
 # ---- what is printed
 def test_step_prints_its_figures_and_no_path_of_the_machine(directory):
     result = last_line("step.py", "--model", directory, *SMALL)
@@ -187,6 +219,102 @@ def test_what_a_decode_step_needs(tied):
     assert flops == 2 * 3 * weights + 3 * held * 4 * 2 * 4 * 4
 
 
+# ---- a day on a GPU
+@pytest.mark.parametrize("dry", [False, True])
+def test_every_command_of_the_days_is_one_that_its_script_takes(dry):
+    parsers = {
+        "bench/logprob.py": bench_logprob.parse,
+        "bench/make_model.py": bench_make_model.parse,
+        "bench/sample.py": bench_sample.parse,
+        "bench/step.py": bench_step.parse,
+        "train.py": lambda flags: train.parse_args(flags, ""),
+    }
+    words = gpu_day.words(dry, Path("work")) | {"device": "cpu", "peer": "dense"}
+    for _, _, command in [section for day in gpu_day.DAYS.values() for section in day]:
+        script, *flags = shlex.split(command.format(**words))
+        if script == "bench/probes.py":
+            assert flags[0] in probes.PROBES
+            bench_step.parse(flags[1:])
+        elif script in parsers:
+            parsers[script](flags)
+        else:
+            assert script in ("-m", "examples/lab.py")
+
+
+def test_a_section_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatch, capsys):
+    scripts = {
+        "fails": "raise SystemExit('no memory')",
+        # Its child would wait for ever, with the lock that it inherits.
+        "waits": "import fcntl, signal, subprocess, sys\n"
+        f"lock = open({str(tmp_path / 'lock')!r}, 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "child = [sys.executable, '-c', 'import signal; signal.pause()']\n"
+        "subprocess.Popen(child, pass_fds=[lock.fileno()])\n"
+        "print('waits', flush=True)\n"
+        "signal.pause()",
+        "measures": "import json\n"
+        "print(json.dumps({'rows': [{'n': 64, 'ms': 12.345}, {'n': 256, 'ms': None}]}))\n"
+        "print('a warning of a library')",
+    }
+    for name, code in scripts.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    sections = [(name, 60, str(tmp_path / f"{name}.py")) for name in scripts]
+    sections[1] = ("waits", 1, sections[1][2])
+    monkeypatch.setattr(gpu_day, "SHOWN", {"measures.py": "rows n ms"})
+    assert gpu_day.run_day(1, True, tmp_path, sections) == 2
+    rows = json.loads((tmp_path / "day-1.json").read_text())["sections"]
+    assert [row["outcome"] for row in rows] == ["failed: 1", "over 1 s", "ok"]
+    assert rows[2]["result"]["rows"][0] == {"n": 64, "ms": 12.345}
+    assert "==== fails" in (tmp_path / "day-1.log").read_text()
+    *_, fails, waits, measures, keys, first, second = capsys.readouterr().out.splitlines()
+    assert fails.endswith("no memory") and waits.startswith("waits")
+    assert measures.split()[:2] == ["measures", "ok"] and keys == "  n ms"
+    assert first == "  64 12.3" and second == "  256 -"
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the child has ended
+
+
+def test_no_section_begins_after_the_end_of_the_day(tmp_path, capsys):
+    assert gpu_day.run_day(2, True, tmp_path, [("late", 60, "-c pass")], total=0) == 1
+    assert "no time left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("day", gpu_day.DAYS)
+def test_the_table_of_a_day_fits_in_12000_characters(day):
+    line = {"name": "F.linear_cross_entropy", "kernel": "k" * 90, "note": "OutOfMemoryError " * 9}
+    line |= {"n": 16384, "v": 128256, "mode": "total", "q": [8, 32, 512, 64], "k": [8, 32, 640, 64]}
+    words = gpu_day.words(False, Path("work"))
+    rows = []
+    for name, _, command in gpu_day.DAYS[day]:
+        row = {"name": name, "outcome": "ok", "seconds": 99.0, "command": command.format(**words)}
+        shown = [keys for script, keys in gpu_day.SHOWN.items() if script in row["command"]]
+        if shown:
+            numbers = dict.fromkeys(shown[0].split(), 123.456) | line
+            row["result"] = {"rows": 99 * [numbers]}
+        rows.append(row)
+    assert len(gpu_day.table(rows)) < 12000
+
+
+def test_without_a_gpu_only_a_dry_run_is_possible(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, says in ((["1"], "there is no GPU here"), ([], "which day")):
+        monkeypatch.setattr(sys, "argv", ["bench/gpu_day.py", *flags])
+        with pytest.raises(SystemExit):
+            exit_on_bad_input(gpu_day.main)()
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_all_days_leaves_no_section_out(tmp_path):
+    command = [sys.executable, str(ROOT / "bench/gpu_day.py"), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert len(list(tmp_path.iterdir())) <= 8
+    for day, sections in gpu_day.DAYS.items():
+        rows = json.loads((tmp_path / f"day-{day}.json").read_text())["sections"]
+        assert [row["name"] for row in rows] == [name for name, _, _ in sections]
+
+
 # ---- bad input
 @pytest.mark.parametrize(
     ("script", "flags", "says"),
@@ -204,6 +332,8 @@ def test_what_a_decode_step_needs(tied):
         (bench_sample, ["--rows", "8", "0"], "--rows 0"),
         (bench_sample, ["--rows", "8", "8"], "--rows 8 8"),
         (bench_sample, ["--new", "1"], "--new 1"),
+        (bench_make_model, ["--out", "made"], "--shape"),
+        (bench_make_model, ["--shape", "tiny", "--out", "made", "--layers", "-1"], "--layers -1"),
         (bench_memory, ["--ranks", "2", "0"], "--ranks 0"),
         (bench_memory, ["--beside", "nowhere"], "--beside nowhere"),
     ],

@@ -4,24 +4,31 @@ Every configuration of kernels/logprob_triton.py is compiled for its architectur
 that need the most registers (entropy, ragged V). The compiled code must fit the shared memory,
 spill no register, and contain the instructions that make it fast. Two Tritons compile it: the
 installed one, and the oldest one supported, 3.6.0, from .triton-3.6.0/ (filled by `make test`).
-Each runs in its own process, without TRITON_INTERPRET. By hand:
+Each runs in its own process, without TRITON_INTERPRET. `make check` compiles the kernels for every
+dtype and all flags, and the configurations that `bench/logprob.py --variants` compares. By hand:
 
     python tests/test_logprob_compile.py                       # one JSON line per compiled kernel
     PYTHONPATH=.triton-3.6.0 python tests/test_logprob_compile.py
+    python tests/test_logprob_compile.py all                   # those of `make check`
 """
 
 import functools
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.logprob import VARIANTS  # noqa: E402
+
 OLDEST = ROOT / ".triton-3.6.0"
 
 # Bytes of shared memory a program may use, by compute capability. A launch checks it, a
@@ -39,27 +46,49 @@ CONFIGS = {
     "OTHER": (80, "bf16"),
     "FP32": (80, "fp32"),
 }
-# name of the case: (configuration, kernel, flags)
+# name of the case: (configuration, compute capability, dtype, kernel, flags)
 CASES = {}
 HARDEST = dict(ENTROPY=True, EVEN_V=False)
-for _config in CONFIGS:
-    CASES[f"{_config}-partials-entropy"] = (_config, "_partials_kernel", HARDEST)
-    CASES[f"{_config}-dz"] = (_config, "_dz_kernel", dict())
-CASES["HOPPER-partials"] = ("HOPPER", "_partials_kernel", dict(ENTROPY=False, EVEN_V=True))
+EASIEST = dict(ENTROPY=False, EVEN_V=True)
+for _config, _target in CONFIGS.items():
+    CASES[f"{_config}-partials-entropy"] = (_config, *_target, "_partials_kernel", HARDEST)
+    CASES[f"{_config}-dz"] = (_config, *_target, "_dz_kernel", dict())
+CASES["HOPPER-partials"] = ("HOPPER", 90, "bf16", "_partials_kernel", EASIEST)
+
+# All that `pick_config` can choose on the two architectures, and the variants of HOPPER.
+CHOICES = {
+    (80, "bf16"): ("AMPERE", "AMPERE_FEW_ROWS", "OTHER"),
+    (80, "fp16"): ("AMPERE", "AMPERE_FEW_ROWS", "OTHER"),
+    (80, "fp32"): ("FP32",),
+    (90, "bf16"): ("HOPPER", "HOPPER_FEW_ROWS", *VARIANTS),
+    (90, "fp16"): ("HOPPER", "HOPPER_FEW_ROWS"),
+    (90, "fp32"): ("FP32",),
+}
+ALL_CASES = {}
+for _target, _configs in CHOICES.items():
+    for _config in _configs:
+        _name = f"{_config}-sm_{_target[0]}-{_target[1]}"
+        ALL_CASES[f"{_name}-dz"] = (_config, *_target, "_dz_kernel", dict())
+        for _entropy, _even in itertools.product((False, True), repeat=2):
+            _case = f"{_name}-partials{_entropy * '-entropy'}{_even * '-even'}"
+            _flags = dict(ENTROPY=_entropy, EVEN_V=_even)
+            ALL_CASES[_case] = (_config, *_target, "_partials_kernel", _flags)
 
 
 # ---- the process that compiles
 
 
-def compile_all() -> None:
+def compile_all(cases: dict) -> None:
     from kernels import logprob_triton
 
-    for name, (config_name, kernel_name, flags) in CASES.items():
-        capability, dtype = CONFIGS[config_name]
-        config = getattr(logprob_triton, config_name)
+    for name, (config_name, capability, dtype, kernel_name, flags) in cases.items():
+        if config_name in VARIANTS:
+            config = replace(logprob_triton.HOPPER, **VARIANTS[config_name])
+        else:
+            config = getattr(logprob_triton, config_name)
         kernel = getattr(logprob_triton, kernel_name)
         compiled = compile_kernel(kernel, config, capability, dtype, flags)
-        print(json.dumps(dict(name=name, capability=capability) | describe(compiled)), flush=True)
+        print(json.dumps(dict(name=name) | describe(compiled)), flush=True)
 
 
 def compile_kernel(kernel, config, capability: int, dtype: str, flags: dict):
@@ -122,17 +151,18 @@ def describe(compiled) -> dict:
 
 
 @functools.cache
-def compilers() -> dict[str, subprocess.Popen]:
-    """One process per Triton; both compile at the same time."""
+def compilers(which: str) -> dict[str, subprocess.Popen]:
+    """One process per Triton; both compile at the same time. which: "all" or "" for CASES."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = {"installed": str(ROOT)}
+    inherited = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []  # of `make test-2.11`
+    paths = {"installed": inherited}
     if OLDEST.is_dir():
-        paths["3.6.0"] = os.pathsep.join([str(OLDEST), str(ROOT)])
+        paths["3.6.0"] = [str(OLDEST), *inherited]
     processes = {}
     for version, path in paths.items():
         processes[version] = subprocess.Popen(
-            [sys.executable, __file__],
-            env=env | {"PYTHONPATH": path},
+            [sys.executable, __file__, which],
+            env=env | {"PYTHONPATH": os.pathsep.join(path)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -140,8 +170,8 @@ def compilers() -> dict[str, subprocess.Popen]:
 
 
 @functools.cache
-def compiled_rows(version: str) -> dict[str, dict]:
-    process = compilers()[version]
+def compiled_rows(version: str, which: str = "") -> dict[str, dict]:
+    process = compilers(which)[version]
     out, _ = process.communicate()
     rows = [json.loads(line) for line in out.splitlines()]
     last = rows[-1]["name"] if rows else "none"
@@ -175,25 +205,34 @@ def test_every_configuration_of_the_table_is_compiled(version):
         assert all(row["triton"] == version for row in rows.values())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_kernel_fits_spills_nothing_and_uses_the_fast_instructions(version, name):
-    row = compiled_rows(version)[name]
-    config, kernel, _ = CASES[name]
-    assert row["shared"] <= SHARED_LIMIT[row["capability"]]
-    if row["capability"] == 80:
+def check(row: dict, case: tuple) -> None:
+    _, capability, dtype, kernel, _ = case
+    assert row["shared"] <= SHARED_LIMIT[capability]
+    if capability == 80:
         assert row["shared"] <= SMALLEST_SHARED_LIMIT
     assert row["stack"] == row["LDL"] == row["STL"] == 0  # a spilled register is on the stack
     assert row["ATOM"] == row["RED"] == 0  # their order could change from run to run
-    if row["capability"] == 90:
+    if dtype == "fp32":
+        assert row["HMMA"] == row["HGMMA"] == 0  # a tensor-core product would be TF32
+    elif capability == 90:
         assert row["HGMMA"] > 0 and row["UTMALDG"] > 0
         assert row["HMMA"] == row["LDGSTS"] == 0
-    elif config == "FP32":
-        assert row["HMMA"] == 0  # a tensor-core product would be TF32
     else:
         assert row["HMMA"] > 0 and row["LDGSTS"] > 0
     if kernel == "_dz_kernel":
         assert row["wide_stores"] > 0  # dz is stored 16 bytes at a time
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_fits_spills_nothing_and_uses_the_fast_instructions(version, name):
+    check(compiled_rows(version)[name], CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_so_does_every_kernel_that_can_be_launched_or_is_compared(version, name):
+    check(compiled_rows(version, "all")[name], ALL_CASES[name])
+
+
 if __name__ == "__main__":
-    compile_all()
+    compile_all(ALL_CASES if "all" in sys.argv[1:] else CASES)
