@@ -211,7 +211,6 @@ PRODUCTS = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
 
 
@@ -293,6 +292,11 @@ class RMSNorm(nn.Module):
 
 
 # ---- attention
+# cuDNN's attention, torch's first choice on an H100, builds a plan for every new shape in 0.1 to
+# 0.5 s; each decode step and each batch of branches is a new shape. All commands import this file.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def visible(positions: Tensor, keys: int, window: int | None) -> Tensor | None:
     """The mask: which of `keys` keys each query attends to.
 

@@ -256,6 +256,12 @@ def test_attention_may_return_its_output_transposed_in_memory(monkeypatch):
         assert torch.equal(ours, same)
 
 
+def test_cudnn_does_not_build_a_plan_for_every_new_shape_of_attention():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # on in torch itself
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 def test_positions_are_not_rounded_in_a_bf16_model():
     config = Config(**tiny.SIZES, head_dim=8)
     positions = torch.tensor([0, 255, 257, 1001, 4095])
