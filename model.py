@@ -34,6 +34,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
@@ -140,7 +142,7 @@ class Transformer(nn.Module):
 
         @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
         def mask(keys: int) -> Tensor | None:
-            return visible(positions, keys, self.config.sliding_window)
+            return visible(start, positions, keys, self.config, hidden)
 
         # Without gradients there is no backward pass to recompute for.
         run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
@@ -297,16 +299,32 @@ class RMSNorm(nn.Module):
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def visible(positions: Tensor, keys: int, window: int | None) -> Tensor | None:
+def flash_takes(like: Tensor, config: Config, keys: int) -> bool:
+    """Whether FlashAttention computes over this many keys: on a GPU, in fp16 or bf16, no window."""
+    query = like.new_empty(1, 1, 1, config.head_dim)
+    flash = can_use_flash_attention(SDPAParams(query, query, query, None, 0.0, False, False))
+    window = config.sliding_window
+    return flash and config.head_dim % 8 == 0 and (window is None or keys <= window)
+
+
+def visible(
+    start: int | Tensor, positions: Tensor, keys: int, config: Config, like: Tensor
+) -> Tensor | None:
     """The mask: which of `keys` keys each query attends to.
 
-    positions [L] or [B, L] of the queries -> bool [B or 1, 1, L, S], S = keys. None where it is
-    the plain causal triangle, for which SDPA has its fastest path (is_causal).
+    positions [L] or [B, L] of the queries, from `start` on. like: gives dtype and device.
+    -> bool [B or 1, 1, L, S], S = keys; where queries and keys end at the same position and no
+    window is in effect: None for a prompt, and for its branches a CausalBias, if FlashAttention
+    computes them. These two hold no L x S numbers, and what they hide is not computed.
     """
-    no_past = positions.dim() == 1 and keys == len(positions)
-    if no_past and (window is None or keys <= window):
-        return None
-    query = positions.view(-1, 1, positions.shape[-1], 1)  # [B or 1, 1, L, 1]
+    window, length = config.sliding_window, positions.shape[-1]
+    windowless = window is None or keys <= window
+    if isinstance(start, int) and start + length == keys and windowless:
+        if length == keys:
+            return None
+        if flash_takes(like, config, keys):
+            return causal_lower_right(length, keys)
+    query = positions.view(-1, 1, length, 1)  # [B or 1, 1, L, 1]
     key = torch.arange(keys, device=positions.device)  # [S]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
@@ -319,9 +337,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
-    if mask is None:
+    if mask is None or isinstance(mask, CausalBias):
+        triangle = mask is None and length > 1
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=length > 1, enable_gqa=heads != kv_heads
+            q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=heads != kv_heads
         )
     # Stack the query heads of a group along the length: each key/value head then has one, longer,
     # query head. Every SDPA backend computes this without copying k and v for each query head.

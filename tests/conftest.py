@@ -1,4 +1,5 @@
-"""A world for the tests of what a run does to its files: a tiny model, rows, a finished run."""
+"""A world for the tests of what a run does to its files: a tiny model, rows, a finished run.
+And a machine whose attention is chosen as on a GPU."""
 
 import json
 import os
@@ -10,6 +11,7 @@ import tiny
 import torch
 from test_sample import letters
 
+import model
 import train
 from support.checkpoint import LOCKS
 from support.weights import save_model
@@ -42,3 +44,9 @@ def world(made, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     LOCKS.clear()  # those of the same relative paths in another copy
     return tmp_path
+
+
+@pytest.fixture
+def flash(monkeypatch) -> None:
+    """Attention is chosen as on a GPU that has FlashAttention, and computed by the CPU."""
+    monkeypatch.setattr(model, "can_use_flash_attention", lambda parameters: True)
