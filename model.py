@@ -29,7 +29,7 @@ all others.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
             positions = start + offsets  # [L], the same in every row
 
         @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
-        def mask(keys: int) -> Tensor | None:
+        def mask(keys: int) -> Mask:
             return visible(start, positions, keys, self.config, hidden)
 
         # Without gradients there is no backward pass to recompute for.
@@ -178,7 +178,7 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         rope: Rope,
-        mask: Callable[[int], Tensor | None],
+        mask: Callable[[int], "Mask"],
         past: Past | None,
         run: Callable,
     ) -> Tensor:
@@ -197,7 +197,7 @@ class Block(nn.Module):
         return self.self_attn.project(self.input_layernorm(hidden), rope)
 
     def from_attention_on(
-        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: "Mask"
     ) -> Tensor:
         hidden = hidden + self.self_attn(q, k, v, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -263,7 +263,7 @@ class Attention(nn.Module):
         """[B, L, heads * D] -> [B, heads, L, D]"""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: "Mask") -> Tensor:
         """q [B, Hq, L, D], k and v [B, Hkv, S, D] of past and new tokens -> [B, L, H]"""
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -299,6 +299,20 @@ class RMSNorm(nn.Module):
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+class OwnKeys(NamedTuple):
+    """The mask of a decode step in FlashAttention: a query per row, which reads its row alone.
+
+    int32, as the kernel takes them. Keys of all rows stand behind each other, S to a row.
+    """
+
+    query_at: Tensor  # [B + 1] 0, 1, 2, ... where the queries of a row begin, and end
+    keys_at: Tensor  # [B + 1] 0, S, 2 S, ...
+    count: Tensor  # [B] keys the row holds
+
+
+Mask = Tensor | OwnKeys | None  # as `visible` makes it
+
+
 def flash_takes(like: Tensor, config: Config, keys: int) -> bool:
     """Whether FlashAttention computes over this many keys: on a GPU, in fp16 or bf16, no window."""
     query = like.new_empty(1, 1, 1, config.head_dim)
@@ -309,34 +323,47 @@ def flash_takes(like: Tensor, config: Config, keys: int) -> bool:
 
 def visible(
     start: int | Tensor, positions: Tensor, keys: int, config: Config, like: Tensor
-) -> Tensor | None:
+) -> Mask:
     """The mask: which of `keys` keys each query attends to.
 
     positions [L] or [B, L] of the queries, from `start` on. like: gives dtype and device.
-    -> bool [B or 1, 1, L, S], S = keys; where queries and keys end at the same position and no
-    window is in effect: None for a prompt, and for its branches a CausalBias, if FlashAttention
-    computes them. These two hold no L x S numbers, and what they hide is not computed.
+    -> bool [B or 1, 1, L, S], S = keys. Where no window is in effect, one of these instead, which
+    hold no L x S numbers and whose hidden keys are not read:
+        None         a prompt: the causal triangle
+        CausalBias   branches of a prompt: the triangle ends at the last key      } where Flash-
+        OwnKeys      a decode step, every row at its own position                 } Attention runs
     """
     window, length = config.sliding_window, positions.shape[-1]
-    windowless = window is None or keys <= window
-    if isinstance(start, int) and start + length == keys and windowless:
+    no_window = window is None or keys <= window
+    if isinstance(start, int) and start + length == keys and no_window:
         if length == keys:
             return None
         if flash_takes(like, config, keys):
             return causal_lower_right(length, keys)
+    decodes = isinstance(start, Tensor) and length == 1 and not torch.is_grad_enabled()
+    if decodes and flash_takes(like, config, keys):
+        row = torch.arange(len(start) + 1, dtype=torch.int32, device=start.device)
+        return OwnKeys(row, row * keys, (start + 1).int())
     query = positions.view(-1, 1, length, 1)  # [B or 1, 1, L, 1]
     key = torch.arange(keys, device=positions.device)  # [S]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
-    q [B, Hq, L, D], k and v [B, Hkv, S, D], mask as `visible` makes it -> [B, Hq, L, D]
+    q [B, Hq, L, D], k and v [B, Hkv, S, D] -> [B, Hq, L, D]
     """
     batch, heads, length, _ = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, keys = k.shape[1:3]
+    if isinstance(mask, OwnKeys):
+        # Its public form, torch.nn.attention.varlen, takes no seqused_k in torch 2.11.
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B, Hq, D], [B S, Hkv, D]
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, mask.query_at, mask.keys_at, 1, keys, 0.0, False, False, seqused_k=mask.count
+        )
+        return out[0][:, :, None]
     if mask is None or isinstance(mask, CausalBias):
         triangle = mask is None and length > 1
         return F.scaled_dot_product_attention(

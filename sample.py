@@ -35,7 +35,7 @@ from torch import Tensor
 
 from data import Tokenizer, is_text, stream_seed
 from kernels.logprob import bf16_products
-from model import Config, Prefix, Transformer
+from model import Config, Prefix, Transformer, flash_takes
 from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, require
 from support.weights import check_device, load_model
 
@@ -148,7 +148,7 @@ class Start:
     """What a row needs to begin a trace."""
 
     number: int  # of the trace
-    kv: Tensor  # [layers, 2, Hkv, P, D] the KV cache of its prompt, P tokens
+    kv: Tensor  # [layers, 2, P, Hkv, D] the KV cache of its prompt, P tokens
     hidden: Tensor  # [H] predicts its first token
     uniforms: Tensor  # [max_new_tokens] its random numbers
 
@@ -168,15 +168,14 @@ def trace_starts(
     at = 0
     for together in prompt_batches(prompts):
         read = prefill(model, together)
-        # In one tensor, [layers, 2, B, Hkv, P, D], so that a row copies its part at once.
-        kv = torch.stack([tensor for layer in read.past.kv for tensor in layer]).unflatten(
-            0, (-1, 2)
-        )
+        # In one tensor, [layers, 2, B, P, Hkv, D], so that a row copies its part at once.
+        kv = torch.stack([tensor for layer in read.past.kv for tensor in layer])
+        kv = kv.unflatten(0, (-1, 2)).transpose(3, 4)
         read.past.kv.clear()
         for index, prompt in enumerate(together):
             uniforms = random_numbers(seeds[at], k, max_new_tokens)
             for i in range(k):
-                prompt_kv = kv[:, :, index, :, : len(prompt)]
+                prompt_kv = kv[:, :, index, : len(prompt)]
                 yield Start(at * k + i, prompt_kv, read.hidden[index], uniforms[i])
             at += 1
         del kv, prompt_kv  # free before the next prefill is computed
@@ -216,8 +215,14 @@ class DecodeBatch:
         """capacity: positions of a row, for prompt and trace. like: gives dtype and device."""
         layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         new = partial(torch.zeros, dtype=torch.long, device=like.device)
+        # FlashAttention reads each row's own keys. The other kernels mask: they read up to the
+        # longest row, and faster if a head's keys stand together in memory.
+        self.flash = flash_takes(like, config, capacity)
         # Zeros, not empty: attention multiplies what it masks by 0, and 0 * NaN is NaN.
-        self.kv = new(layers, 2, rows, heads, capacity, size, dtype=like.dtype)
+        if self.flash:
+            self.kv = new(layers, 2, rows, capacity, heads, size, dtype=like.dtype)
+        else:
+            self.kv = new(layers, 2, rows, heads, capacity, size, dtype=like.dtype).transpose(3, 4)
         self.hidden = new(rows, config.hidden_size, dtype=like.dtype)  # predicts the next token
         self.row = torch.arange(rows, device=like.device)  # 0, 1, 2, ... to index the others by row
         self.length = new(rows)  # tokens in the KV cache, the prompt's included
@@ -237,8 +242,8 @@ class DecodeBatch:
         idle = [row for row, number in enumerate(self.number) if number is None]
         for row, start in zip(idle, starts, strict=False):  # no row left: no start is taken
             # What the row held before is overwritten, or lies beyond its length: never read.
-            length = start.kv.shape[3]
-            self.kv[:, :, row, :, :length] = start.kv
+            length = start.kv.shape[2]
+            self.kv[:, :, row, :length] = start.kv
             self.hidden[row] = start.hidden
             self.length[row] = length
             self.live[row] = True
@@ -267,14 +272,17 @@ class DecodeBatch:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a token per row, k and v [rows, Hkv, 1, D], at the row's own position.
 
-        Returns what all rows hold, [rows, Hkv, S, D] up to the length S of the longest. The model
+        Returns what all rows hold, [rows, Hkv, S, D]. S is the capacity in FlashAttention: shapes
+        that do not change with the step. Elsewhere S is the length of the longest row; the model
         masks what lies beyond the length of a shorter one.
         """
-        keys, values = self.kv[layer]  # [rows, Hkv, capacity, D]
-        keys[self.row, :, self.length] = k[:, :, 0]
-        values[self.row, :, self.length] = v[:, :, 0]
-        used = max(self.length_bound) + 1
-        return keys[:, :, :used], values[:, :, :used]
+        keys, values = self.kv[layer]  # [rows, capacity, Hkv, D]
+        keys[self.row, self.length] = k[:, :, 0]
+        values[self.row, self.length] = v[:, :, 0]
+        if not self.flash:
+            used = max(self.length_bound) + 1
+            keys, values = keys[:, :used], values[:, :used]
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def finish(self, stop: frozenset[int], cut: frozenset[int]) -> dict[int, Trace]:
         """Takes ended traces out of their rows, which are idle then -> traces by number.
@@ -299,7 +307,9 @@ class DecodeBatch:
         self.length_bound = [self.length_bound[row] for row in busy]
         keep = torch.tensor(busy, device=self.row.device)
         self.row = self.row[: len(busy)]
-        self.kv = self.kv[:, :, keep]
+        for kv in self.kv:  # in place, and layer by layer: a copy of all might not fit in memory
+            kv[:, : len(busy)] = kv[:, keep]
+        self.kv = self.kv[:, :, : len(busy)]
         for name in ("hidden", "length", "live", "drawn", "uniforms", "ids", "logp"):
             setattr(self, name, getattr(self, name)[keep])
 

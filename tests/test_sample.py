@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample as sample_module
@@ -599,3 +601,101 @@ def test_rows_of_different_length_decode_as_if_each_were_alone(name, dtype, tole
         steps.append(batch.hidden)
     expected = torch.stack([whole[0, 2:13], whole[1, 13:]])  # [2, 11, H]
     assert_close(torch.stack(steps, dim=1), expected.repeat_interleave(2, dim=0), tolerance)
+
+
+# ---- decode steps as a GPU runs them: the fixture `flash` of conftest.py
+def flash_batch(model: Transformer) -> DecodeBatch:
+    """Rows of different length in the middle of their traces."""
+    batch = DecodeBatch(model.config, 6, capacity=20, max_new=12, like=model.lm_head.weight)
+    batch.kv.fill_(float("nan"))  # whatever is read and was not written, shows
+    batch.admit(trace_starts(model, PROMPTS[:3], 2, seeds=[1, 2, 3], max_new_tokens=12))
+    return batch
+
+
+def decode_step(model: Transformer, batch: DecodeBatch) -> None:
+    ends_trace = torch.zeros(11, dtype=torch.bool)
+    batch.feed(model, batch.draw(sample_module.make_logits(model.lm_head.weight), 1.0, ends_trace))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_traces_in_flash_attention_equal_those_under_the_mask(rows, temperature, request):
+    model, ends = tiny.model(3, head_dim=8), {"stop_ids": [0], "cut_ids": [9]}
+    given = (model, PROMPTS, 3, 14, temperature)
+    expected = sample_traces(*given, seed=SEEDS, rows=rows, **ends)
+    request.getfixturevalue("flash")
+    assert_same_groups(sample_traces(*given, seed=SEEDS, rows=rows, **ends), expected)
+
+
+@torch.no_grad()
+def test_in_flash_attention_a_row_reads_its_own_keys_only(flash):
+    model = tiny.model(3, head_dim=8)
+    batch = flash_batch(model)
+    for _ in range(3):
+        decode_step(model, batch)
+    assert batch.flash and batch.hidden.isfinite().all()
+    for row in range(6):
+        ids = [*PROMPTS[row // 2], *batch.ids[row, :3].tolist()]
+        logits = batch.hidden[row] @ model.lm_head.weight.T
+        assert_close(logits, next_logits(model, ids), 1e-12)
+
+
+class Operations(TorchDispatchMode):
+    """Every operation with the shapes of its tensors, views left out."""
+
+    VIEWS = "view _unsafe_view t transpose select slice unbind unsqueeze expand split detach"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.VIEWS.split():
+            tensors = pytree.tree_leaves((args, kwargs))
+            shapes = [tuple(x.shape) for x in tensors if isinstance(x, Tensor)]
+            self.seen.append((name, shapes))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_every_decode_step_in_flash_attention_issues_the_same_operations_and_asks_for_no_result(
+    flash, monkeypatch
+):
+    """As a CUDA graph needs it, and as a GPU that must not wait for Python."""
+    model = tiny.model(3, head_dim=8)
+    batch = flash_batch(model)
+    steps = []
+    for _ in range(3):
+        with Operations() as operations:
+            decode_step(model, batch)
+        steps.append(operations.seen)
+    assert steps[0] == steps[1] == steps[2]
+    host = {"_local_scalar_dense", "nonzero", "equal", "lift_fresh"}  # the last: torch.tensor(...)
+    assert not host & {name for name, _ in steps[0]}
+
+
+@torch.no_grad()
+def test_torchs_own_flash_attention_has_the_arguments_of_a_decode_step(monkeypatch):
+    """On tensors without memory: names, shapes and types are checked, nothing is computed."""
+    monkeypatch.setattr("model.can_use_flash_attention", lambda parameters: True)
+    model = tiny.model(head_dim=8, dtype=torch.bfloat16).to("meta")
+    batch = DecodeBatch(model.config, 6, capacity=20, max_new=12, like=model.lm_head.weight)
+    with Operations() as operations:
+        batch.feed(model, torch.empty(6, dtype=torch.long, device="meta"))
+    calls = [shapes for name, shapes in operations.seen if name == "_flash_attention_forward"]
+    query, keys = (6, 4, 8), (6 * 20, 2, 8)
+    assert calls == [[query, keys, keys, (7,), (7,), (6,)]] * 2
+    assert "clone" not in {name for name, _ in operations.seen}  # the KV cache is read in place
+
+
+def test_traces_do_not_depend_on_how_attention_lays_out_its_output(monkeypatch):
+    """CUDA's memory-efficient kernel returns [B, L, heads, D] in memory."""
+    attention, model = F.scaled_dot_product_attention, tiny.model(3)
+    expected = sample_traces(model, PROMPTS, 2, 9, seed=SEEDS)
+
+    def transposed(*inputs: Tensor, **options: object) -> Tensor:
+        return attention(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert sample_traces(model, PROMPTS, 2, 9, seed=SEEDS) == expected
