@@ -386,8 +386,9 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> Rope:
-    """positions [L] or [B, L] -> cos and sin of position * frequency, [B or 1, 1, L, D/2] each.
+    """positions [L] or [B, L] -> cos and sin of position * frequency, [B or 1, 1, L, D] each.
 
+    Both halves of D hold the D/2 frequencies; sin is negative in the first, as `rotate` needs it.
     Computed in fp32, then rounded to `dtype`: bf16 itself counts no further than 256.
 
     Llama 3.1 scaling (config.rope_scaling): frequencies of fewer than `low` turns within the
@@ -402,14 +403,15 @@ def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> Rope:
         unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # 1: stays, 0: divided
         frequency = frequency * (unscaled + (1 - unscaled) / factor)
     angle = positions.view(-1, 1, positions.shape[-1], 1).float() * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies RoPE to x [B, heads, L, D].
 
-    Elements i and i + D/2 form a pair that turns: the layout of Hugging Face weights, where the
-    RoPE paper pairs neighbours.
+    Elements i and i + D/2 form a pair (a, b) that turns to (a cos - b sin, b cos + a sin): the
+    layout of Hugging Face weights, where the RoPE paper pairs neighbours. Four kernels; with the
+    halves computed one by one they were seven.
     """
-    a, b = x.chunk(2, dim=-1)  # [B, heads, L, D/2] each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

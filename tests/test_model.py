@@ -337,7 +337,9 @@ def test_positions_are_not_rounded_in_a_bf16_model():
     positions = torch.tensor([0, 255, 257, 1001, 4095])
     cos, sin = rope_table(positions, config, torch.bfloat16)
     angle = positions.double()[:, None] * 10000.0 ** -(torch.arange(0, 8, 2).double() / 8)
-    for got, exact in ((cos, angle.cos()), (sin, angle.sin())):
-        assert got.dtype == torch.bfloat16 and got.shape == (1, 1, 5, 4)
+    cos_twice = torch.cat([angle.cos(), angle.cos()], dim=1)
+    sin_twice = torch.cat([-angle.sin(), angle.sin()], dim=1)
+    for got, exact in ((cos, cos_twice), (sin, sin_twice)):
+        assert got.dtype == torch.bfloat16 and got.shape == (1, 1, 5, 8)
         # 2^-8 is the rounding of the result. Rounding the position would move the angle by 1.
         assert (got[0, 0].double() - exact).abs().max() < 2**-8

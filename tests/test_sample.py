@@ -1,5 +1,6 @@
 """sample.py: what is drawn, with which probability, where it ends, what is recorded."""
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -673,6 +674,21 @@ def test_every_decode_step_in_flash_attention_issues_the_same_operations_and_ask
     assert steps[0] == steps[1] == steps[2]
     host = {"_local_scalar_dense", "nonzero", "equal", "lift_fresh"}  # the last: torch.tensor(...)
     assert not host & {name for name, _ in steps[0]}
+
+
+@torch.no_grad()
+def test_a_layer_of_a_decode_step_launches_24_kernels(flash, monkeypatch):
+    # CUDA normalises in one kernel, a CPU in six.
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
+    counts = []
+    for layers in (1, 2):
+        model = tiny.model(3, head_dim=8, num_hidden_layers=layers)
+        batch = flash_batch(model)
+        with Operations() as operations:
+            decode_step(model, batch)
+        counts.append(Counter(name for name, _ in operations.seen))
+    layer = counts[1] - counts[0]
+    assert layer.total() + 1 == 24, layer  # and the emulated attention, which is not seen
 
 
 @torch.no_grad()
