@@ -40,7 +40,10 @@ from support.errors import InputError, OneLineParser, exit_on_bad_input, printab
 from support.weights import check_device, load_model
 
 # Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
-PROMPT_TOKENS = 16384
+PROMPT_TOKENS = 8192
+# Of the free memory, for the KV cache. The rest is for a prefill (3 GB at 8B) and a decode step; on
+# a CPU also for other programs.
+MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
 # issued, so it is rare there, and ended rows decode up to 15 tokens in vain. Elsewhere 1: free.
 FINISH_EVERY = {"cuda": 16}
@@ -77,8 +80,8 @@ def sample_traces(
     cut_ids: a sampled one ends its trace and is dropped (eos and other special tokens: no decision
         to answer). The prompt's own tokens end nothing.
     seed: one for all prompts, or one per prompt.
-    rows: traces that decode at a time, 0 = as many as half of the free memory holds. It changes
-        speed and memory, not the traces.
+    rows: traces that decode at a time, 0 = as many as MEMORY_SHARE of the free memory holds. It
+        changes speed and memory, not the traces.
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
     in_range = k >= 1 and max_new_tokens >= 1 and temperature >= 0 and rows >= 0
@@ -89,8 +92,48 @@ def sample_traces(
         )
     if isinstance(seed, int):
         seed = [stream_seed(seed, i) for i in range(len(prompts))]
-    weight = model.lm_head.weight  # [V, H]
     stop, cut = frozenset(stop_ids), frozenset(cut_ids)
+    fitting = math.inf if rows else positions_that_fit(model.config, model.lm_head.weight)
+    needed = [len(prompt) + max_new_tokens for prompt in prompts]  # positions of a row
+    traces: dict[int, list[Trace]] = {}  # by prompt
+    for group in prompt_groups(needed, k, fitting):
+        own, seeds = [prompts[i] for i in group], [seed[i] for i in group]
+        most = rows or max(1, fitting // max(needed[i] for i in group))
+        found = decode(model, own, seeds, k, max_new_tokens, temperature, stop, cut, most)
+        traces |= zip(group, found, strict=True)
+    return [traces[i] for i in range(len(prompts))]
+
+
+def prompt_groups(needed: Sequence[int], k: int, fitting: float) -> list[list[int]]:
+    """Which prompts share a decoding batch: lists of their indices.
+
+    needed: positions of a row, by prompt. fitting: positions that memory holds. All rows of a batch
+    are as long as its longest needs. So once the traces of the longest prompts fill the memory,
+    prompts that need half as much are left to the next batch, which has twice as many rows.
+    """
+    groups, capacity = [[]], max(needed)
+    for i in sorted(range(len(needed)), key=lambda i: -needed[i]):
+        full = (k * len(groups[-1]) + 1) * capacity > fitting  # no other row fits beside these
+        if full and 2 * needed[i] <= capacity:
+            groups.append([])
+            capacity = needed[i]
+        groups[-1].append(i)
+    return [sorted(group) for group in groups]
+
+
+def decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    k: int,
+    max_new_tokens: int,
+    temperature: float,
+    stop: frozenset[int],
+    cut: frozenset[int],
+    rows: int,
+) -> list[list[Trace]]:
+    """The traces of prompts that share a decoding batch of at most `rows` rows."""
+    weight = model.lm_head.weight  # [V, H]
     ends_trace = torch.zeros(len(weight), dtype=torch.bool)  # [V]
     # A tokenizer may know special tokens that the model does not: those are never sampled.
     ends_trace[[token for token in stop | cut if token < len(weight)]] = True
@@ -98,9 +141,8 @@ def sample_traces(
 
     total = len(prompts) * k
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
-    rows = min(total, rows or rows_that_fit(model.config, capacity, weight))
-    batch = DecodeBatch(model.config, rows, capacity, max_new_tokens, like=weight)
-    starts = trace_starts(model, prompts, k, seed, max_new_tokens)
+    batch = DecodeBatch(model.config, min(total, rows), capacity, max_new_tokens, like=weight)
+    starts = trace_starts(model, prompts, k, seeds, max_new_tokens)
     to_logits = make_logits(weight)
     finish_every = FINISH_EVERY.get(weight.device.type, 1)
 
@@ -324,21 +366,18 @@ def cut_trace(ids: list[int], logp: list[float], stop: frozenset, cut: frozenset
     return Trace(ids, logp, finished=False)
 
 
-def rows_that_fit(config: Config, capacity: int, like: Tensor) -> int:
-    """Rows whose KV cache takes half of the free memory, at least one row.
-
-    The other half is for a prefill and the activations of a decode step.
-    """
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    row_bytes = capacity * per_position * like.element_size()
-    return max(1, free_memory(like.device) // 2 // row_bytes)
+def positions_that_fit(config: Config, like: Tensor) -> int:
+    """Positions of the KV cache that MEMORY_SHARE of the free memory holds."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    share = MEMORY_SHARE[like.device.type]
+    return int(share * free_memory(like.device)) // (numbers * like.element_size())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes. On a GPU, what torch has reserved and does not use is free, too."""
+    """Bytes. A GPU's unused blocks go back to the driver first: one tensor may not fit in them."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not Linux

@@ -1,5 +1,6 @@
 """sample.py: what is drawn, with which probability, where it ends, what is recorded."""
 
+import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -227,6 +228,24 @@ def test_traces_do_not_depend_on_how_often_ended_ones_are_looked_for(steps, monk
     assert_same_groups(groups, expected)
 
 
+class Operations(TorchDispatchMode):
+    """Every operation with the shapes of its tensors, views left out."""
+
+    VIEWS = "view _unsafe_view t transpose select slice unbind unsqueeze expand split detach"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.VIEWS.split():
+            tensors = pytree.tree_leaves((args, kwargs))
+            shapes = [tuple(x.shape) for x in tensors if isinstance(x, Tensor)]
+            self.seen.append((name, shapes))
+        return function(*args, **(kwargs or {}))
+
+
 class Waits(TorchDispatchMode):
     """Counts what would wait for a GPU: operations whose result Python has to know."""
 
@@ -305,17 +324,61 @@ def test_no_more_positions_are_read_than_the_longest_row_holds(monkeypatch):
     assert max(positions for positions, _ in read) == 5
 
 
-def test_rows_default_to_what_half_of_the_free_memory_holds(monkeypatch):
+def fits(monkeypatch, model: Transformer, positions: float) -> None:
+    """Makes the free memory such that half of it holds so many positions of the KV cache."""
+    config = model.config
+    position_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+    free = int(2 * positions * position_bytes)
+    monkeypatch.setattr(sample_module, "free_memory", lambda device: free)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.85])
+def test_rows_default_to_what_a_share_of_the_free_memory_holds(share, monkeypatch):
+    """Half of it on a CPU, 0.85 on a GPU."""
+    assert share in sample_module.MEMORY_SHARE.values()
     model, rows = tiny.model(3), []
     model.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    config, capacity = model.config, max(map(len, PROMPTS)) + 9
-    position_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+    capacity = max(map(len, PROMPTS)) + 9
+    monkeypatch.setitem(sample_module.MEMORY_SHARE, "cpu", share)
     for fitting, expected in ((0.5, 1), (5.5, 5), (50, 12)):
-        free = int(2 * fitting * capacity * position_bytes)
-        monkeypatch.setattr(sample_module, "free_memory", lambda device, free=free: free)
+        fits(monkeypatch, model, fitting * capacity * 0.5 / share)
         rows.clear()
         sample_traces(model, PROMPTS, 3, 9)
         assert rows[1] == expected
+
+
+def test_a_long_prompt_does_not_size_the_rows_of_short_ones(monkeypatch):
+    model, shapes = tiny.model(3), []
+    model.register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
+    given = (model, PROMPTS, 4, 2)  # rows of 5, 3, 10 and 4 positions
+    expected = sample_traces(*given, seed=SEEDS)
+    assert shapes == [(4, 8), (16, 1)]  # all at once, where memory holds them
+    for positions, forwards in (
+        # The long prompt alone, 4 rows of 10. Then 9 rows of 5 for 12 traces.
+        (45, [(1, 8), (4, 1), (3, 3), (9, 1), (9, 1), (3, 1)]),
+        # 5 rows of 10, which the long prompt does not fill: the next longest joins it, the others
+        # decode in 8 rows of 4.
+        (59, [(2, 8), (5, 1), (5, 1), (5, 1), (2, 2), (8, 1)]),
+    ):
+        fits(monkeypatch, model, positions)
+        shapes.clear()
+        assert_same_groups(sample_traces(*given, seed=SEEDS), expected)
+        assert shapes == forwards
+
+
+@torch.no_grad()
+def test_a_batch_that_shrinks_copies_one_layer_at_a_time():
+    """A copy of the whole KV cache would not fit beside it."""
+    model = tiny.model(3, num_hidden_layers=4)
+    batch = DecodeBatch(model.config, 8, capacity=20, max_new=12, like=model.lm_head.weight)
+    batch.kv.copy_(torch.rand_like(batch.kv))
+    batch.number = [None, 0, None, None, None, 1, 2, None]
+    kept, layer = batch.kv[:, :, [1, 5, 6]], batch.kv[0].numel()
+    with Operations() as operations:
+        batch.compact()
+    assert torch.equal(batch.kv, kept)
+    sizes = [math.prod(shape) for name, shapes in operations.seen for shape in shapes]
+    assert max(sizes) <= layer
 
 
 @pytest.mark.parametrize("sizes", [[3, 1, 8, 2], [5], [2, 2]])
@@ -639,24 +702,6 @@ def test_in_flash_attention_a_row_reads_its_own_keys_only(flash):
         ids = [*PROMPTS[row // 2], *batch.ids[row, :3].tolist()]
         logits = batch.hidden[row] @ model.lm_head.weight.T
         assert_close(logits, next_logits(model, ids), 1e-12)
-
-
-class Operations(TorchDispatchMode):
-    """Every operation with the shapes of its tensors, views left out."""
-
-    VIEWS = "view _unsafe_view t transpose select slice unbind unsqueeze expand split detach"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name not in self.VIEWS.split():
-            tensors = pytree.tree_leaves((args, kwargs))
-            shapes = [tuple(x.shape) for x in tensors if isinstance(x, Tensor)]
-            self.seen.append((name, shapes))
-        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
