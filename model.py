@@ -29,11 +29,13 @@ all others.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
@@ -139,8 +141,8 @@ class Transformer(nn.Module):
             positions = start + offsets  # [L], the same in every row
 
         @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
-        def mask(keys: int) -> Tensor | None:
-            return visible(positions, keys, self.config.sliding_window)
+        def mask(keys: int) -> Mask:
+            return visible(start, positions, keys, self.config, hidden)
 
         # Without gradients there is no backward pass to recompute for.
         run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
@@ -176,7 +178,7 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         rope: Rope,
-        mask: Callable[[int], Tensor | None],
+        mask: Callable[[int], "Mask"],
         past: Past | None,
         run: Callable,
     ) -> Tensor:
@@ -195,7 +197,7 @@ class Block(nn.Module):
         return self.self_attn.project(self.input_layernorm(hidden), rope)
 
     def from_attention_on(
-        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: "Mask"
     ) -> Tensor:
         hidden = hidden + self.self_attn(q, k, v, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -211,7 +213,6 @@ PRODUCTS = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
 
 
@@ -262,7 +263,7 @@ class Attention(nn.Module):
         """[B, L, heads * D] -> [B, heads, L, D]"""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: "Mask") -> Tensor:
         """q [B, Hq, L, D], k and v [B, Hkv, S, D] of past and new tokens -> [B, L, H]"""
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -293,31 +294,80 @@ class RMSNorm(nn.Module):
 
 
 # ---- attention
-def visible(positions: Tensor, keys: int, window: int | None) -> Tensor | None:
+# cuDNN's attention, torch's first choice on an H100, builds a plan for every new shape in 0.1 to
+# 0.5 s; each decode step and each batch of branches is a new shape. All commands import this file.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class OwnKeys(NamedTuple):
+    """The mask of a decode step in FlashAttention: a query per row, which reads its row alone.
+
+    int32, as the kernel takes them. Keys of all rows stand behind each other, S to a row.
+    """
+
+    query_at: Tensor  # [B + 1] 0, 1, 2, ... where the queries of a row begin, and end
+    keys_at: Tensor  # [B + 1] 0, S, 2 S, ...
+    count: Tensor  # [B] keys the row holds
+
+
+Mask = Tensor | OwnKeys | None  # as `visible` makes it
+
+
+def flash_takes(like: Tensor, config: Config, keys: int) -> bool:
+    """Whether FlashAttention computes over this many keys: on a GPU, in fp16 or bf16, no window."""
+    query = like.new_empty(1, 1, 1, config.head_dim)
+    flash = can_use_flash_attention(SDPAParams(query, query, query, None, 0.0, False, False))
+    window = config.sliding_window
+    return flash and config.head_dim % 8 == 0 and (window is None or keys <= window)
+
+
+def visible(
+    start: int | Tensor, positions: Tensor, keys: int, config: Config, like: Tensor
+) -> Mask:
     """The mask: which of `keys` keys each query attends to.
 
-    positions [L] or [B, L] of the queries -> bool [B or 1, 1, L, S], S = keys. None where it is
-    the plain causal triangle, for which SDPA has its fastest path (is_causal).
+    positions [L] or [B, L] of the queries, from `start` on. like: gives dtype and device.
+    -> bool [B or 1, 1, L, S], S = keys. Where no window is in effect, one of these instead, which
+    hold no L x S numbers and whose hidden keys are not read:
+        None         a prompt: the causal triangle
+        CausalBias   branches of a prompt: the triangle ends at the last key      } where Flash-
+        OwnKeys      a decode step, every row at its own position                 } Attention runs
     """
-    no_past = positions.dim() == 1 and keys == len(positions)
-    if no_past and (window is None or keys <= window):
-        return None
-    query = positions.view(-1, 1, positions.shape[-1], 1)  # [B or 1, 1, L, 1]
+    window, length = config.sliding_window, positions.shape[-1]
+    no_window = window is None or keys <= window
+    if isinstance(start, int) and start + length == keys and no_window:
+        if length == keys:
+            return None
+        if flash_takes(like, config, keys):
+            return causal_lower_right(length, keys)
+    decodes = isinstance(start, Tensor) and length == 1 and not torch.is_grad_enabled()
+    if decodes and flash_takes(like, config, keys):
+        row = torch.arange(len(start) + 1, dtype=torch.int32, device=start.device)
+        return OwnKeys(row, row * keys, (start + 1).int())
+    query = positions.view(-1, 1, length, 1)  # [B or 1, 1, L, 1]
     key = torch.arange(keys, device=positions.device)  # [S]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
-    q [B, Hq, L, D], k and v [B, Hkv, S, D], mask as `visible` makes it -> [B, Hq, L, D]
+    q [B, Hq, L, D], k and v [B, Hkv, S, D] -> [B, Hq, L, D]
     """
     batch, heads, length, _ = q.shape
-    kv_heads = k.shape[1]
-    if mask is None:
+    kv_heads, keys = k.shape[1:3]
+    if isinstance(mask, OwnKeys):
+        # Its public form, torch.nn.attention.varlen, takes no seqused_k in torch 2.11.
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B, Hq, D], [B S, Hkv, D]
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, mask.query_at, mask.keys_at, 1, keys, 0.0, False, False, seqused_k=mask.count
+        )
+        return out[0][:, :, None]
+    if mask is None or isinstance(mask, CausalBias):
+        triangle = mask is None and length > 1
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=length > 1, enable_gqa=heads != kv_heads
+            q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=heads != kv_heads
         )
     # Stack the query heads of a group along the length: each key/value head then has one, longer,
     # query head. Every SDPA backend computes this without copying k and v for each query head.
@@ -336,8 +386,9 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> Rope:
-    """positions [L] or [B, L] -> cos and sin of position * frequency, [B or 1, 1, L, D/2] each.
+    """positions [L] or [B, L] -> cos and sin of position * frequency, [B or 1, 1, L, D] each.
 
+    Both halves of D hold the D/2 frequencies; sin is negative in the first, as `rotate` needs it.
     Computed in fp32, then rounded to `dtype`: bf16 itself counts no further than 256.
 
     Llama 3.1 scaling (config.rope_scaling): frequencies of fewer than `low` turns within the
@@ -352,14 +403,15 @@ def rope_table(positions: Tensor, config: Config, dtype: torch.dtype) -> Rope:
         unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # 1: stays, 0: divided
         frequency = frequency * (unscaled + (1 - unscaled) / factor)
     angle = positions.view(-1, 1, positions.shape[-1], 1).float() * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies RoPE to x [B, heads, L, D].
 
-    Elements i and i + D/2 form a pair that turns: the layout of Hugging Face weights, where the
-    RoPE paper pairs neighbours.
+    Elements i and i + D/2 form a pair (a, b) that turns to (a cos - b sin, b cos + a sin): the
+    layout of Hugging Face weights, where the RoPE paper pairs neighbours. Four kernels; with the
+    halves computed one by one they were seven.
     """
-    a, b = x.chunk(2, dim=-1)  # [B, heads, L, D/2] each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

@@ -35,12 +35,15 @@ from torch import Tensor
 
 from data import Tokenizer, is_text, stream_seed
 from kernels.logprob import bf16_products
-from model import Config, Prefix, Transformer
+from model import Config, Prefix, Transformer, flash_takes
 from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, require
 from support.weights import check_device, load_model
 
 # Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
-PROMPT_TOKENS = 16384
+PROMPT_TOKENS = 8192
+# Of the free memory, for the KV cache. The rest is for a prefill (3 GB at 8B) and a decode step; on
+# a CPU also for other programs.
+MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
 # issued, so it is rare there, and ended rows decode up to 15 tokens in vain. Elsewhere 1: free.
 FINISH_EVERY = {"cuda": 16}
@@ -77,8 +80,8 @@ def sample_traces(
     cut_ids: a sampled one ends its trace and is dropped (eos and other special tokens: no decision
         to answer). The prompt's own tokens end nothing.
     seed: one for all prompts, or one per prompt.
-    rows: traces that decode at a time, 0 = as many as half of the free memory holds. It changes
-        speed and memory, not the traces.
+    rows: traces that decode at a time, 0 = as many as MEMORY_SHARE of the free memory holds. It
+        changes speed and memory, not the traces.
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
     in_range = k >= 1 and max_new_tokens >= 1 and temperature >= 0 and rows >= 0
@@ -89,8 +92,48 @@ def sample_traces(
         )
     if isinstance(seed, int):
         seed = [stream_seed(seed, i) for i in range(len(prompts))]
-    weight = model.lm_head.weight  # [V, H]
     stop, cut = frozenset(stop_ids), frozenset(cut_ids)
+    fitting = math.inf if rows else positions_that_fit(model.config, model.lm_head.weight)
+    needed = [len(prompt) + max_new_tokens for prompt in prompts]  # positions of a row
+    traces: dict[int, list[Trace]] = {}  # by prompt
+    for group in prompt_groups(needed, k, fitting):
+        own, seeds = [prompts[i] for i in group], [seed[i] for i in group]
+        most = rows or max(1, fitting // max(needed[i] for i in group))
+        found = decode(model, own, seeds, k, max_new_tokens, temperature, stop, cut, most)
+        traces |= zip(group, found, strict=True)
+    return [traces[i] for i in range(len(prompts))]
+
+
+def prompt_groups(needed: Sequence[int], k: int, fitting: float) -> list[list[int]]:
+    """Which prompts share a decoding batch: lists of their indices.
+
+    needed: positions of a row, by prompt. fitting: positions that memory holds. All rows of a batch
+    are as long as its longest needs. So once the traces of the longest prompts fill the memory,
+    prompts that need half as much are left to the next batch, which has twice as many rows.
+    """
+    groups, capacity = [[]], max(needed)
+    for i in sorted(range(len(needed)), key=lambda i: -needed[i]):
+        full = (k * len(groups[-1]) + 1) * capacity > fitting  # no other row fits beside these
+        if full and 2 * needed[i] <= capacity:
+            groups.append([])
+            capacity = needed[i]
+        groups[-1].append(i)
+    return [sorted(group) for group in groups]
+
+
+def decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    k: int,
+    max_new_tokens: int,
+    temperature: float,
+    stop: frozenset[int],
+    cut: frozenset[int],
+    rows: int,
+) -> list[list[Trace]]:
+    """The traces of prompts that share a decoding batch of at most `rows` rows."""
+    weight = model.lm_head.weight  # [V, H]
     ends_trace = torch.zeros(len(weight), dtype=torch.bool)  # [V]
     # A tokenizer may know special tokens that the model does not: those are never sampled.
     ends_trace[[token for token in stop | cut if token < len(weight)]] = True
@@ -98,9 +141,8 @@ def sample_traces(
 
     total = len(prompts) * k
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
-    rows = min(total, rows or rows_that_fit(model.config, capacity, weight))
-    batch = DecodeBatch(model.config, rows, capacity, max_new_tokens, like=weight)
-    starts = trace_starts(model, prompts, k, seed, max_new_tokens)
+    batch = DecodeBatch(model.config, min(total, rows), capacity, max_new_tokens, like=weight)
+    starts = trace_starts(model, prompts, k, seeds, max_new_tokens)
     to_logits = make_logits(weight)
     finish_every = FINISH_EVERY.get(weight.device.type, 1)
 
@@ -148,7 +190,7 @@ class Start:
     """What a row needs to begin a trace."""
 
     number: int  # of the trace
-    kv: Tensor  # [layers, 2, Hkv, P, D] the KV cache of its prompt, P tokens
+    kv: Tensor  # [layers, 2, P, Hkv, D] the KV cache of its prompt, P tokens
     hidden: Tensor  # [H] predicts its first token
     uniforms: Tensor  # [max_new_tokens] its random numbers
 
@@ -168,15 +210,14 @@ def trace_starts(
     at = 0
     for together in prompt_batches(prompts):
         read = prefill(model, together)
-        # In one tensor, [layers, 2, B, Hkv, P, D], so that a row copies its part at once.
-        kv = torch.stack([tensor for layer in read.past.kv for tensor in layer]).unflatten(
-            0, (-1, 2)
-        )
+        # In one tensor, [layers, 2, B, P, Hkv, D], so that a row copies its part at once.
+        kv = torch.stack([tensor for layer in read.past.kv for tensor in layer])
+        kv = kv.unflatten(0, (-1, 2)).transpose(3, 4)
         read.past.kv.clear()
         for index, prompt in enumerate(together):
             uniforms = random_numbers(seeds[at], k, max_new_tokens)
             for i in range(k):
-                prompt_kv = kv[:, :, index, :, : len(prompt)]
+                prompt_kv = kv[:, :, index, : len(prompt)]
                 yield Start(at * k + i, prompt_kv, read.hidden[index], uniforms[i])
             at += 1
         del kv, prompt_kv  # free before the next prefill is computed
@@ -216,8 +257,14 @@ class DecodeBatch:
         """capacity: positions of a row, for prompt and trace. like: gives dtype and device."""
         layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         new = partial(torch.zeros, dtype=torch.long, device=like.device)
+        # FlashAttention reads each row's own keys. The other kernels mask: they read up to the
+        # longest row, and faster if a head's keys stand together in memory.
+        self.flash = flash_takes(like, config, capacity)
         # Zeros, not empty: attention multiplies what it masks by 0, and 0 * NaN is NaN.
-        self.kv = new(layers, 2, rows, heads, capacity, size, dtype=like.dtype)
+        if self.flash:
+            self.kv = new(layers, 2, rows, capacity, heads, size, dtype=like.dtype)
+        else:
+            self.kv = new(layers, 2, rows, heads, capacity, size, dtype=like.dtype).transpose(3, 4)
         self.hidden = new(rows, config.hidden_size, dtype=like.dtype)  # predicts the next token
         self.row = torch.arange(rows, device=like.device)  # 0, 1, 2, ... to index the others by row
         self.length = new(rows)  # tokens in the KV cache, the prompt's included
@@ -237,8 +284,8 @@ class DecodeBatch:
         idle = [row for row, number in enumerate(self.number) if number is None]
         for row, start in zip(idle, starts, strict=False):  # no row left: no start is taken
             # What the row held before is overwritten, or lies beyond its length: never read.
-            length = start.kv.shape[3]
-            self.kv[:, :, row, :, :length] = start.kv
+            length = start.kv.shape[2]
+            self.kv[:, :, row, :length] = start.kv
             self.hidden[row] = start.hidden
             self.length[row] = length
             self.live[row] = True
@@ -267,14 +314,17 @@ class DecodeBatch:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a token per row, k and v [rows, Hkv, 1, D], at the row's own position.
 
-        Returns what all rows hold, [rows, Hkv, S, D] up to the length S of the longest. The model
+        Returns what all rows hold, [rows, Hkv, S, D]. S is the capacity in FlashAttention: shapes
+        that do not change with the step. Elsewhere S is the length of the longest row; the model
         masks what lies beyond the length of a shorter one.
         """
-        keys, values = self.kv[layer]  # [rows, Hkv, capacity, D]
-        keys[self.row, :, self.length] = k[:, :, 0]
-        values[self.row, :, self.length] = v[:, :, 0]
-        used = max(self.length_bound) + 1
-        return keys[:, :, :used], values[:, :, :used]
+        keys, values = self.kv[layer]  # [rows, capacity, Hkv, D]
+        keys[self.row, self.length] = k[:, :, 0]
+        values[self.row, self.length] = v[:, :, 0]
+        if not self.flash:
+            used = max(self.length_bound) + 1
+            keys, values = keys[:, :used], values[:, :used]
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def finish(self, stop: frozenset[int], cut: frozenset[int]) -> dict[int, Trace]:
         """Takes ended traces out of their rows, which are idle then -> traces by number.
@@ -299,7 +349,9 @@ class DecodeBatch:
         self.length_bound = [self.length_bound[row] for row in busy]
         keep = torch.tensor(busy, device=self.row.device)
         self.row = self.row[: len(busy)]
-        self.kv = self.kv[:, :, keep]
+        for kv in self.kv:  # in place, and layer by layer: a copy of all might not fit in memory
+            kv[:, : len(busy)] = kv[:, keep]
+        self.kv = self.kv[:, :, : len(busy)]
         for name in ("hidden", "length", "live", "drawn", "uniforms", "ids", "logp"):
             setattr(self, name, getattr(self, name)[keep])
 
@@ -314,21 +366,18 @@ def cut_trace(ids: list[int], logp: list[float], stop: frozenset, cut: frozenset
     return Trace(ids, logp, finished=False)
 
 
-def rows_that_fit(config: Config, capacity: int, like: Tensor) -> int:
-    """Rows whose KV cache takes half of the free memory, at least one row.
-
-    The other half is for a prefill and the activations of a decode step.
-    """
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    row_bytes = capacity * per_position * like.element_size()
-    return max(1, free_memory(like.device) // 2 // row_bytes)
+def positions_that_fit(config: Config, like: Tensor) -> int:
+    """Positions of the KV cache that MEMORY_SHARE of the free memory holds."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    share = MEMORY_SHARE[like.device.type]
+    return int(share * free_memory(like.device)) // (numbers * like.element_size())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes. On a GPU, what torch has reserved and does not use is free, too."""
+    """Bytes. A GPU's unused blocks go back to the driver first: one tensor may not fit in them."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not Linux

@@ -137,8 +137,8 @@ class Args:
     )
     decode_rows: int = arg(
         0,
-        "traces sampled at a time, 0 = as many as half of the free memory holds; "
-        "no trace depends on it",
+        "traces sampled at a time, 0 = as many as 0.85 of a GPU's free memory holds (half of a "
+        "CPU's); no trace depends on it",
     )
 
     timeout: float = arg(600.0, "seconds that ranks wait for each other before they give up")

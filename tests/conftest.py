@@ -1,4 +1,5 @@
-"""A world for the tests of what a run does to its files: a tiny model, rows, a finished run."""
+"""A world for the tests of what a run does to its files: a tiny model, rows, a finished run.
+And a machine whose attention is chosen as on a GPU."""
 
 import json
 import os
@@ -8,8 +9,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from test_sample import letters
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+import model
 import train
 from support.checkpoint import LOCKS
 from support.weights import save_model
@@ -42,3 +47,46 @@ def world(made, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     LOCKS.clear()  # those of the same relative paths in another copy
     return tmp_path
+
+
+def flash_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    seqused_k: Tensor,
+) -> list[Tensor]:
+    """aten::_flash_attention_forward for decode steps, by its definition, one row after another.
+
+    It reads the first seqused_k keys of a row and no others, and refuses what CUDA's refuses.
+    """
+    with _disable_current_modes():  # one operation to those who count them
+        rows = len(seqused_k)
+        for tensor in (cum_seq_q, cum_seq_k, seqused_k):
+            assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+        assert cum_seq_q.tolist() == list(range(rows + 1)) and max_q == 1
+        assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (query, key, value))
+        assert query.shape[2] % 8 == 0 and dropout_p == 0.0 and not return_debug_mask
+        out = torch.empty_like(query)  # [rows, Hq, D]
+        for row, used in enumerate(seqused_k.tolist()):
+            first, end = cum_seq_k[row : row + 2].tolist()
+            assert 0 < used <= end - first <= max_k
+            q = query[row, None, :, None]  # [1, Hq, 1, D]
+            k, v = (x[None, first : first + used].transpose(1, 2) for x in (key, value))
+            seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            out[row] = seen[0, :, 0]
+    return [out]
+
+
+@pytest.fixture
+def flash(monkeypatch) -> None:
+    """Attention is chosen as on a GPU that has FlashAttention, and computed by the CPU."""
+    monkeypatch.setattr(model, "can_use_flash_attention", lambda parameters: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)

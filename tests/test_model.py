@@ -1,6 +1,7 @@
 """model.py: equal to transformers on the golden models, and equal to itself however a text is
 split over forwards."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import bias
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from model import KEEP, Config, Prefix, Transformer, rope_table
@@ -208,6 +211,73 @@ def test_activation_checkpointing_does_not_append_to_the_cache_again(mode):
     assert [k.shape[2] for k, _ in past.kv.values()] == [6, 6]
 
 
+# ---- attention as a GPU computes it: the fixture `flash`
+def branches_and_gradients(model: Transformer, tokens: Tensor, branches: Tensor) -> list[Tensor]:
+    prefix = Prefix()
+    prompt = model(tokens, prefix)
+    hidden = model(branches, prefix)
+    goal = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden.dtype)
+    model.zero_grad()
+    ((hidden * goal).sum() + prompt.sum()).backward()
+    grads = [parameter.grad.clone() for parameter in model.layers.parameters()]
+    return [hidden.detach(), *grads]
+
+
+@pytest.mark.parametrize("mode", KEEP)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@both_dtypes
+def test_branches_under_a_lower_right_triangle_equal_those_under_the_mask(
+    heads, mode, dtype, tolerance, request
+):
+    shape = dict(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
+    model = tiny.model(dtype=dtype, **shape)
+    model.activation_checkpointing = mode
+    inputs = (model, random_tokens(7, 1, 5), random_tokens(8, 3, 9))
+    expected = branches_and_gradients(*inputs)
+    request.getfixturevalue("flash")
+    ours = branches_and_gradients(*inputs)
+    for tensor, other in zip(ours, expected, strict=True):
+        assert_close(tensor, other, tolerance)
+
+
+def kernels(model: Transformer, run: Callable[[], object]) -> list[str]:
+    """The attention operations of `run`, and what makes or changes bool tensors for them."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "attention" in str(function) or getattr(out, "dtype", None) == torch.bool:
+                found.append(function.overloadpacket.__name__)
+            return out
+
+    with Watch():
+        run()
+    return found
+
+
+@pytest.mark.parametrize("window, masked", [(None, False), (14, False), (13, True)])
+def test_branches_run_in_flash_attention_without_a_mask(window, masked, flash, monkeypatch):
+    """On tensors without memory, which choose as a GPU's do."""
+
+    def made_outside_of_watch(*size: int) -> Tensor:  # the class cannot be made within a mode
+        with _disable_current_modes():
+            return bias.causal_lower_right(*size)
+
+    monkeypatch.setattr("model.causal_lower_right", made_outside_of_watch)
+    monkeypatch.setattr(bias, "can_use_flash_attention", lambda parameters: True)
+    model = tiny.model(head_dim=8, sliding_window=window, dtype=torch.bfloat16).to("meta")
+    prefix = Prefix()
+    model(torch.empty(1, 5, dtype=torch.long, device="meta"), prefix)
+    branches = torch.empty(3, 9, dtype=torch.long, device="meta")
+    ours = kernels(model, lambda: model(branches, prefix).sum().backward())
+    flash_kernels = [name for name in ours if "scaled_dot_product_flash_attention" in name]
+    assert (len(ours) != len(flash_kernels)) == masked
+    if not masked:
+        forward = "_scaled_dot_product_flash_attention"
+        assert ours == [forward] * 2 + [forward + "_backward"] * 2
+
+
 # ---- mask and positions
 @pytest.mark.parametrize("window", [None, 4])
 @torch.no_grad()
@@ -256,12 +326,20 @@ def test_attention_may_return_its_output_transposed_in_memory(monkeypatch):
         assert torch.equal(ours, same)
 
 
+def test_cudnn_does_not_build_a_plan_for_every_new_shape_of_attention():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # on in torch itself
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 def test_positions_are_not_rounded_in_a_bf16_model():
     config = Config(**tiny.SIZES, head_dim=8)
     positions = torch.tensor([0, 255, 257, 1001, 4095])
     cos, sin = rope_table(positions, config, torch.bfloat16)
     angle = positions.double()[:, None] * 10000.0 ** -(torch.arange(0, 8, 2).double() / 8)
-    for got, exact in ((cos, angle.cos()), (sin, angle.sin())):
-        assert got.dtype == torch.bfloat16 and got.shape == (1, 1, 5, 4)
+    cos_twice = torch.cat([angle.cos(), angle.cos()], dim=1)
+    sin_twice = torch.cat([-angle.sin(), angle.sin()], dim=1)
+    for got, exact in ((cos, cos_twice), (sin, sin_twice)):
+        assert got.dtype == torch.bfloat16 and got.shape == (1, 1, 5, 8)
         # 2^-8 is the rounding of the result. Rounding the position would move the angle by 1.
         assert (got[0, 0].double() - exact).abs().max() < 2**-8

@@ -1,13 +1,17 @@
 """sample.py: what is drawn, with which probability, where it ends, what is recorded."""
 
+import math
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample as sample_module
@@ -224,6 +228,24 @@ def test_traces_do_not_depend_on_how_often_ended_ones_are_looked_for(steps, monk
     assert_same_groups(groups, expected)
 
 
+class Operations(TorchDispatchMode):
+    """Every operation with the shapes of its tensors, views left out."""
+
+    VIEWS = "view _unsafe_view t transpose select slice unbind unsqueeze expand split detach"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.VIEWS.split():
+            tensors = pytree.tree_leaves((args, kwargs))
+            shapes = [tuple(x.shape) for x in tensors if isinstance(x, Tensor)]
+            self.seen.append((name, shapes))
+        return function(*args, **(kwargs or {}))
+
+
 class Waits(TorchDispatchMode):
     """Counts what would wait for a GPU: operations whose result Python has to know."""
 
@@ -302,17 +324,61 @@ def test_no_more_positions_are_read_than_the_longest_row_holds(monkeypatch):
     assert max(positions for positions, _ in read) == 5
 
 
-def test_rows_default_to_what_half_of_the_free_memory_holds(monkeypatch):
+def fits(monkeypatch, model: Transformer, positions: float) -> None:
+    """Makes the free memory such that half of it holds so many positions of the KV cache."""
+    config = model.config
+    position_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+    free = int(2 * positions * position_bytes)
+    monkeypatch.setattr(sample_module, "free_memory", lambda device: free)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.85])
+def test_rows_default_to_what_a_share_of_the_free_memory_holds(share, monkeypatch):
+    """Half of it on a CPU, 0.85 on a GPU."""
+    assert share in sample_module.MEMORY_SHARE.values()
     model, rows = tiny.model(3), []
     model.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    config, capacity = model.config, max(map(len, PROMPTS)) + 9
-    position_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+    capacity = max(map(len, PROMPTS)) + 9
+    monkeypatch.setitem(sample_module.MEMORY_SHARE, "cpu", share)
     for fitting, expected in ((0.5, 1), (5.5, 5), (50, 12)):
-        free = int(2 * fitting * capacity * position_bytes)
-        monkeypatch.setattr(sample_module, "free_memory", lambda device, free=free: free)
+        fits(monkeypatch, model, fitting * capacity * 0.5 / share)
         rows.clear()
         sample_traces(model, PROMPTS, 3, 9)
         assert rows[1] == expected
+
+
+def test_a_long_prompt_does_not_size_the_rows_of_short_ones(monkeypatch):
+    model, shapes = tiny.model(3), []
+    model.register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
+    given = (model, PROMPTS, 4, 2)  # rows of 5, 3, 10 and 4 positions
+    expected = sample_traces(*given, seed=SEEDS)
+    assert shapes == [(4, 8), (16, 1)]  # all at once, where memory holds them
+    for positions, forwards in (
+        # The long prompt alone, 4 rows of 10. Then 9 rows of 5 for 12 traces.
+        (45, [(1, 8), (4, 1), (3, 3), (9, 1), (9, 1), (3, 1)]),
+        # 5 rows of 10, which the long prompt does not fill: the next longest joins it, the others
+        # decode in 8 rows of 4.
+        (59, [(2, 8), (5, 1), (5, 1), (5, 1), (2, 2), (8, 1)]),
+    ):
+        fits(monkeypatch, model, positions)
+        shapes.clear()
+        assert_same_groups(sample_traces(*given, seed=SEEDS), expected)
+        assert shapes == forwards
+
+
+@torch.no_grad()
+def test_a_batch_that_shrinks_copies_one_layer_at_a_time():
+    """A copy of the whole KV cache would not fit beside it."""
+    model = tiny.model(3, num_hidden_layers=4)
+    batch = DecodeBatch(model.config, 8, capacity=20, max_new=12, like=model.lm_head.weight)
+    batch.kv.copy_(torch.rand_like(batch.kv))
+    batch.number = [None, 0, None, None, None, 1, 2, None]
+    kept, layer = batch.kv[:, :, [1, 5, 6]], batch.kv[0].numel()
+    with Operations() as operations:
+        batch.compact()
+    assert torch.equal(batch.kv, kept)
+    sizes = [math.prod(shape) for name, shapes in operations.seen for shape in shapes]
+    assert max(sizes) <= layer
 
 
 @pytest.mark.parametrize("sizes", [[3, 1, 8, 2], [5], [2, 2]])
@@ -599,3 +665,98 @@ def test_rows_of_different_length_decode_as_if_each_were_alone(name, dtype, tole
         steps.append(batch.hidden)
     expected = torch.stack([whole[0, 2:13], whole[1, 13:]])  # [2, 11, H]
     assert_close(torch.stack(steps, dim=1), expected.repeat_interleave(2, dim=0), tolerance)
+
+
+# ---- decode steps as a GPU runs them: the fixture `flash` of conftest.py
+def flash_batch(model: Transformer) -> DecodeBatch:
+    """Rows of different length in the middle of their traces."""
+    batch = DecodeBatch(model.config, 6, capacity=20, max_new=12, like=model.lm_head.weight)
+    batch.kv.fill_(float("nan"))  # whatever is read and was not written, shows
+    batch.admit(trace_starts(model, PROMPTS[:3], 2, seeds=[1, 2, 3], max_new_tokens=12))
+    return batch
+
+
+def decode_step(model: Transformer, batch: DecodeBatch) -> None:
+    ends_trace = torch.zeros(11, dtype=torch.bool)
+    batch.feed(model, batch.draw(sample_module.make_logits(model.lm_head.weight), 1.0, ends_trace))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_traces_in_flash_attention_equal_those_under_the_mask(rows, temperature, request):
+    model, ends = tiny.model(3, head_dim=8), {"stop_ids": [0], "cut_ids": [9]}
+    given = (model, PROMPTS, 3, 14, temperature)
+    expected = sample_traces(*given, seed=SEEDS, rows=rows, **ends)
+    request.getfixturevalue("flash")
+    assert_same_groups(sample_traces(*given, seed=SEEDS, rows=rows, **ends), expected)
+
+
+@torch.no_grad()
+def test_in_flash_attention_a_row_reads_its_own_keys_only(flash):
+    model = tiny.model(3, head_dim=8)
+    batch = flash_batch(model)
+    for _ in range(3):
+        decode_step(model, batch)
+    assert batch.flash and batch.hidden.isfinite().all()
+    for row in range(6):
+        ids = [*PROMPTS[row // 2], *batch.ids[row, :3].tolist()]
+        logits = batch.hidden[row] @ model.lm_head.weight.T
+        assert_close(logits, next_logits(model, ids), 1e-12)
+
+
+@torch.no_grad()
+def test_every_decode_step_in_flash_attention_issues_the_same_operations_and_asks_for_no_result(
+    flash, monkeypatch
+):
+    """As a CUDA graph needs it, and as a GPU that must not wait for Python."""
+    model = tiny.model(3, head_dim=8)
+    batch = flash_batch(model)
+    steps = []
+    for _ in range(3):
+        with Operations() as operations:
+            decode_step(model, batch)
+        steps.append(operations.seen)
+    assert steps[0] == steps[1] == steps[2]
+    host = {"_local_scalar_dense", "nonzero", "equal", "lift_fresh"}  # the last: torch.tensor(...)
+    assert not host & {name for name, _ in steps[0]}
+
+
+@torch.no_grad()
+def test_a_layer_of_a_decode_step_launches_24_kernels(flash, monkeypatch):
+    # CUDA normalises in one kernel, a CPU in six.
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
+    counts = []
+    for layers in (1, 2):
+        model = tiny.model(3, head_dim=8, num_hidden_layers=layers)
+        batch = flash_batch(model)
+        with Operations() as operations:
+            decode_step(model, batch)
+        counts.append(Counter(name for name, _ in operations.seen))
+    layer = counts[1] - counts[0]
+    assert layer.total() + 1 == 24, layer  # and the emulated attention, which is not seen
+
+
+@torch.no_grad()
+def test_torchs_own_flash_attention_has_the_arguments_of_a_decode_step(monkeypatch):
+    """On tensors without memory: names, shapes and types are checked, nothing is computed."""
+    monkeypatch.setattr("model.can_use_flash_attention", lambda parameters: True)
+    model = tiny.model(head_dim=8, dtype=torch.bfloat16).to("meta")
+    batch = DecodeBatch(model.config, 6, capacity=20, max_new=12, like=model.lm_head.weight)
+    with Operations() as operations:
+        batch.feed(model, torch.empty(6, dtype=torch.long, device="meta"))
+    calls = [shapes for name, shapes in operations.seen if name == "_flash_attention_forward"]
+    query, keys = (6, 4, 8), (6 * 20, 2, 8)
+    assert calls == [[query, keys, keys, (7,), (7,), (6,)]] * 2
+    assert "clone" not in {name for name, _ in operations.seen}  # the KV cache is read in place
+
+
+def test_traces_do_not_depend_on_how_attention_lays_out_its_output(monkeypatch):
+    """CUDA's memory-efficient kernel returns [B, L, heads, D] in memory."""
+    attention, model = F.scaled_dot_product_attention, tiny.model(3)
+    expected = sample_traces(model, PROMPTS, 2, 9, seed=SEEDS)
+
+    def transposed(*inputs: Tensor, **options: object) -> Tensor:
+        return attention(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert sample_traces(model, PROMPTS, 2, 9, seed=SEEDS) == expected
