@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 LINE = 500  # characters at both ends of an error; what it quotes may have any length
 
 
@@ -84,6 +86,13 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(print_line("by Ctrl-C", 128 + signal.SIGINT, "stopped: "))
 
     return wrapped
+
+
+def python(executable: str = sys.executable) -> str:
+    """The running interpreter in a command that is printed to be pasted: .venv/bin/python where it
+    is inside the project, else python."""
+    path = Path(executable)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "python"
 
 
 def print_line(error: object, code: int, begin: str = "error: ") -> int:
