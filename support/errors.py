@@ -122,10 +122,14 @@ def printable(text: str) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that refuses in one line instead of printing its usage first; no abbreviations."""
+    """argparse that refuses in one line instead of printing its usage first; no abbreviations.
+    Commands in its help can be pasted."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def format_help(self) -> str:
+        return super().format_help().replace("    python ", f"    {python()} ")
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")

@@ -815,7 +815,8 @@ def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
     shown = capsys.readouterr().out
     sections = ["model and data:", "method:", "optimisation:", "memory and device:", "run:"]
     assert [line for line in shown.splitlines() if line in sections] == sections
-    commands = [line for line in shown.splitlines() if line.startswith("    python train.py")]
+    command = f"    {python()} train.py"
+    commands = [line for line in shown.splitlines() if line.startswith(command)]
     assert len(commands) == 3 and "torchrun" in shown
 
 
