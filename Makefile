@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train lab report figure test check clean test-2.11
+.PHONY: train lab report readme figure test test-2.11 check clean
 
 # The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
 # SFT never starts. Two to three minutes on 2 CPU cores.
@@ -36,6 +36,10 @@ test-2.11: .torch-2.11/ready
 # Kills, hangs and full disks, on whole runs: about ten minutes.
 check: .venv/ready-to-test
 	$(BIN)/python -m pytest -m slow
+
+# Every command of README.md in a fresh clone of HEAD, and what it prints beside the text.
+readme:
+	$(PYTHON) tests/readme.py
 
 # The README's figure: five methods, five seeds, 25 minutes. All that needs matplotlib here.
 METHODS := weighted_sum_log_prob arithmetic_mean prob log_prob

@@ -40,6 +40,7 @@ The flags are described in support/args.py.
 """
 
 import math
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ from support.checkpoint import (
     save_checkpoint,
     save_final,
 )
-from support.errors import Interrupted, StopSignals, TrainingError, exit_on_bad_input
+from support.errors import Interrupted, StopSignals, TrainingError, exit_on_bad_input, python
 from support.metrics import Clock, Log, question_figures, step_figures
 from support.weights import stored_dtypes
 
@@ -487,14 +488,14 @@ def train(args: Args) -> None:
                 out, step, position, pairs.digest, model, tokenizer, optimizer, args.keep
             )
         if stop:
-            command = f"python train.py --resume --out {out}"
+            command = shlex.join([python(), "train.py", "--resume", "--out", str(out)])
             raise Interrupted(f"step {step} is saved; {command} continues after it", stop)
 
     signals.restore()
     save_final(out, model, tokenizer, dtypes)
     final = out / "final"
     log.print(f"wrote {final}, a Hugging Face directory; try:")
-    log.print(f"python sample.py --model {final} --question ...")
+    log.print(f"{python()} sample.py --model {shlex.quote(str(final))} --question ...")
     distributed.stop()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import parse_row
-from support.errors import InputError, OneLineParser, exit_on_bad_input, printable
+from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, python
 
 SHOWN = 20  # bad rows
 
@@ -47,7 +47,7 @@ def rows_of(file: Path) -> Iterator[tuple[str, object]]:
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
     if not find_spec("pyarrow"):
-        raise InputError(f"{file}: needs pyarrow (pip install pyarrow)")
+        raise InputError(f"{file}: needs pyarrow ({python()} -m pip install pyarrow)")
     import pyarrow
     import pyarrow.parquet
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.errors import InputError, require
+from support.errors import InputError, python, require
 from support.files import is_file
 
 Prompter = Callable[[list[str]], str]  # [user, assistant, ..., user] -> the prompt as text
@@ -26,9 +26,8 @@ def own_template(path: Path, described: dict) -> str:
 def make_prompter(template: str, path: Path, bos: str, eos: str) -> Prompter:
     """InputError where there is no template or no jinja2, or the template does not work."""
     require(template != "", f"--prompt-format chat: {path} has no chat template")
-    require(
-        find_spec("jinja2") is not None, "--prompt-format chat needs jinja2 (pip install jinja2)"
-    )
+    install = f"{python()} -m pip install jinja2"
+    require(find_spec("jinja2") is not None, f"--prompt-format chat needs jinja2 ({install})")
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -45,7 +45,7 @@ from data import Pairs, Tokenizer
 from model import Transformer
 from support.args import MOST, Args, check_same_run, saved_args
 from support.distributed import barrier, on_first_rank, rank, whole
-from support.errors import InputError, TrainingError, require
+from support.errors import InputError, TrainingError, python, require
 from support.files import is_file, read_json, read_log, write_beside, write_json
 from support.weights import save_model
 
@@ -183,7 +183,7 @@ def set_aside(paths: list[Path]) -> None:
 
 def command_of(args: dict) -> list[str]:
     """The command that makes the same run in an empty folder."""
-    words = ["python", "train.py"]
+    words = [python(), "train.py"]
     for name, value in args.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):

@@ -10,10 +10,12 @@ Entropy is no sign: it falls when thinking is learnt as well. A sign must hold i
 lines of the log that have its figures; step 0 does not count.
 """
 
+from support.errors import python
+
 RUN = 3  # lines
-# What to try where the reward pays for short traces. `python evaluate.py --preflight` shows which
-# reward would keep this model thinking.
-OTHER_REWARD = "another --aggregator (python evaluate.py --preflight compares them)"
+# What to try where the reward pays for short traces. `evaluate.py --preflight` shows which reward
+# would keep this model thinking.
+OTHER_REWARD = f"another --aggregator ({python()} evaluate.py --preflight compares them)"
 
 
 def vanishing_trace(line: dict, first: dict) -> float | None:

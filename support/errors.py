@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 LINE = 500  # characters at both ends of an error; what it quotes may have any length
 
 
@@ -86,6 +88,13 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
+def python(executable: str = sys.executable) -> str:
+    """The running interpreter in a command that is printed to be pasted: .venv/bin/python where it
+    is inside the project, else python."""
+    path = Path(executable)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "python"
+
+
 def print_line(error: object, code: int, begin: str = "error: ") -> int:
     if int(os.environ.get("LOCAL_RANK", 0)):
         # The first rank of a machine prints first, and its exit usually ends this process within
@@ -113,10 +122,14 @@ def printable(text: str) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that refuses in one line instead of printing its usage first; no abbreviations."""
+    """argparse that refuses in one line instead of printing its usage first; no abbreviations.
+    Commands in its help can be pasted."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def format_help(self) -> str:
+        return super().format_help().replace("    python ", f"    {python()} ")
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the flags)")

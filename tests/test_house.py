@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "support.weights",
     "support.checkpoint": "data model support.args support.distributed support.errors "
     "support.files support.weights",
-    "support.collapse": "",
+    "support.collapse": "support.errors",
     "support.metrics": "aggregate data reward sample support.collapse support.distributed "
     "support.errors support.files",
     "train": "aggregate data evaluate model reward sample support.args support.checkpoint "

@@ -27,7 +27,7 @@ from sample import Trace, prefill, sample_traces
 from support import distributed
 from support.args import Args, hops_defaults, parse_args
 from support.checkpoint import command_of
-from support.errors import InputError, TrainingError
+from support.errors import InputError, TrainingError, python
 from support.metrics import question_figures, step_figures
 from support.weights import load_model, save_model
 from train import (
@@ -800,8 +800,13 @@ def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
 def test_the_command_that_a_run_prints_makes_the_same_run():
     args = Args(traces=4, clip_null=True, prompt_format="Q: {question}\nA:", device="cpu")
     words = shlex.split(shlex.join(command_of(asdict(args))))
-    assert words[:2] == ["python", "train.py"]
+    assert words[:2] == [python(), "train.py"]
     assert parse_args(words[2:], "") == args
+
+
+def test_a_printed_command_names_the_interpreter_inside_the_project_by_its_path_there():
+    assert python(str(ROOT / ".venv" / "bin" / "python")) == ".venv/bin/python"
+    assert python("/usr/bin/python3") == "python"
 
 
 def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
@@ -810,7 +815,8 @@ def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
     shown = capsys.readouterr().out
     sections = ["model and data:", "method:", "optimisation:", "memory and device:", "run:"]
     assert [line for line in shown.splitlines() if line in sections] == sections
-    commands = [line for line in shown.splitlines() if line.startswith("    python train.py")]
+    command = f"    {python()} train.py"
+    commands = [line for line in shown.splitlines() if line.startswith(command)]
     assert len(commands) == 3 and "torchrun" in shown
 
 

@@ -35,9 +35,11 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -107,27 +109,44 @@ def make_question(
     return f"{told} from {starts} go {hops} ?", paths
 
 
+def make_hop(number: int, a: str, b: str) -> str:
+    """One hop of a worked trace."""
+    return f"{number} {a} {b} ,"
+
+
+class Subject(NamedTuple):
+    """What another task on the same documents replaces (examples/sums)."""
+
+    make_question: Callable
+    make_hop: Callable
+    names: Sequence[str]  # that a path consists of
+    vocabulary: Sequence[str]
+
+
+POINTERS = Subject(make_question, make_hop, NAMES, VOCABULARY)
+
+
 def make_trace(
-    kind: str, paths: list[list[str]], rng: random.Random
+    kind: str, paths: list[list[str]], rng: random.Random, subject: Subject = POINTERS
 ) -> tuple[str, list[list[str]]]:
     """A trace of this kind, and the paths whose ends the answer names after it."""
     if kind == "direct":
         return "", paths
     if kind == "rambling":
-        words = [rng.choice(FILLER + NAMES) for _ in range(rng.randrange(4, 16))]
+        words = [rng.choice([*FILLER, *subject.names]) for _ in range(rng.randrange(4, 16))]
         return " ".join(words), paths
     if kind == "wrong":  # random names from some hop on, and an answer that relies on them
-        paths = [go_astray(path, rng) for path in paths]
+        paths = [go_astray(path, rng, subject.names) for path in paths]
     hops = []
     for path in paths:
         for i, (a, b) in enumerate(pairwise(path), start=1):
-            hops.append(f"{i} {a} {b} ,")
+            hops.append(subject.make_hop(i, a, b))
     return " ".join(hops), paths
 
 
-def go_astray(path: list[str], rng: random.Random) -> list[str]:
+def go_astray(path: list[str], rng: random.Random, names: Sequence[str]) -> list[str]:
     at = rng.randrange(1, len(path))
-    return path[:at] + [rng.choice(NAMES) for _ in path[at:]]
+    return path[:at] + [rng.choice(names) for _ in path[at:]]
 
 
 def make_answer(
@@ -148,41 +167,43 @@ def make_answer(
     return " ".join([*words, "."]), hard
 
 
-def make_document(task: Task, rng: random.Random) -> tuple[str, str]:
+def make_document(task: Task, rng: random.Random, subject: Subject = POINTERS) -> tuple[str, str]:
     """(question, what the base learns to continue it with)"""
-    question, paths = make_question(task, rng)
+    question, paths = subject.make_question(task, rng)
     rest = (0.95 - task.worked) / 2
     mix = {"worked": task.worked, "wrong": 0.05, "rambling": rest, "direct": rest}
     (kind,) = rng.choices(list(mix), list(mix.values()))
-    trace, paths = make_trace(kind, paths, rng)
+    trace, paths = make_trace(kind, paths, rng, subject)
     answer, _ = make_answer(task, paths, rng, 0.0 if kind == "direct" else task.sloppy)
     return question, f"{trace} {MARKER} {answer} {END}"
 
 
-def make_lookup_document(task: Task, rng: random.Random) -> tuple[str, str]:
+def make_lookup_document(
+    task: Task, rng: random.Random, subject: Subject = POINTERS
+) -> tuple[str, str]:
     """A worked document of few or many facts, without an easy part: a model learns lookups soon
     from these, and hardly at all from the mix."""
     facts = rng.randrange(max(2, task.hard), len(NAMES) + 1)
-    question, paths = make_question(task, rng, facts)
-    trace, paths = make_trace("worked", paths, rng)
+    question, paths = subject.make_question(task, rng, facts)
+    trace, paths = make_trace("worked", paths, rng, subject)
     answer, _ = make_answer(replace(task, easy=0, noise=0), paths, rng)
     return question, f"{trace} {MARKER} {answer} {END}"
 
 
 # ---- files
-def write_rows(task: Task, file: Path, count: int) -> None:
+def write_rows(task: Task, file: Path, count: int, subject: Subject = POINTERS) -> None:
     rng = random.Random(f"{task.seed} {file.name}")
     with open(file, "w") as out:
         for _ in range(count):
-            question, paths = make_question(task, rng)
+            question, paths = subject.make_question(task, rng)
             answer, hard = make_answer(task, paths, rng)
             row = {"question": question, "answer": answer, "hard": hard}
             out.write(json.dumps(row) + "\n")
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, vocabulary: Sequence[str] = VOCABULARY) -> None:
     """One token per word."""
-    ids = {word: i for i, word in enumerate(VOCABULARY)}
+    ids = {word: i for i, word in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<unk>", END, MARKER])
@@ -203,7 +224,7 @@ PEAK_LR = 2e-3
 LOOKUPS = 0.5  # share of the steps on lookup documents alone, before the mix
 
 
-def pretrain(task: Task, tokenizer: Tokenizer) -> Transformer:
+def pretrain(task: Task, tokenizer: Tokenizer, subject: Subject = POINTERS) -> Transformer:
     """Next-token prediction on documents, with a loss on trace and answer only."""
     torch.manual_seed(task.seed)
     model = initial_model(tokenizer)
@@ -213,7 +234,7 @@ def pretrain(task: Task, tokenizer: Tokenizer) -> Transformer:
     rng = random.Random(f"{task.seed} documents")
     for step in range(task.steps):
         make = make_lookup_document if step < LOOKUPS * task.steps else make_document
-        tokens, learnt = make_batch([make(task, rng) for _ in range(BATCH)], tokenizer)
+        tokens, learnt = make_batch([make(task, rng, subject) for _ in range(BATCH)], tokenizer)
         logits = model.lm_head(model(tokens[:, :-1])[learnt])  # [N, V]
         loss = F.cross_entropy(logits, tokens[:, 1:][learnt])
         loss.backward()
@@ -230,7 +251,7 @@ def pretrain(task: Task, tokenizer: Tokenizer) -> Transformer:
 
 def initial_model(tokenizer: Tokenizer) -> Transformer:
     config = Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=tokenizer.model.get_vocab_size(),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -265,19 +286,19 @@ def make_batch(
 
 
 # ---- command
-def make(task: Task, out: Path) -> None:
+def make(task: Task, out: Path, subject: Subject = POINTERS) -> None:
     torch.set_num_threads(1)  # the base must not depend on the number of cores
     base = out / "base"
     base.mkdir(parents=True, exist_ok=True)
-    write_rows(task, out / "train.jsonl", 4000)
-    write_rows(task, out / "test.jsonl", 200)
-    write_tokenizer(base)
-    model = pretrain(task, Tokenizer(base))
+    write_rows(task, out / "train.jsonl", 4000, subject)
+    write_rows(task, out / "test.jsonl", 200, subject)
+    write_tokenizer(base, subject.vocabulary)
+    model = pretrain(task, Tokenizer(base), subject)
     save_model(model.to(torch.bfloat16), base)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the embedded task's data and base model.")
+def main(out: Path = HERE, subject: Subject = POINTERS) -> None:
+    parser = argparse.ArgumentParser(description="Writes a task's data and base model.")
     for axis in fields(Task):
         parser.add_argument(
             f"--{axis.name}",
@@ -285,13 +306,13 @@ def main() -> None:
             default=axis.default,
             help=f"{axis.metadata['help']} (default: {axis.default})",
         )
-    parser.add_argument("--out", type=Path, default=HERE, help="folder (default: that of make.py)")
+    parser.add_argument("--out", type=Path, default=out, help=f"folder (default: {out})")
     args = vars(parser.parse_args())
     out = args.pop("out")
     task = Task(**args)
     if task.hard not in HOPS or not 0 <= task.worked <= 0.95:
         parser.error("--hard should be 1 or 3, --worked between 0 and 0.95")
-    make(task, out)
+    make(task, out, subject)
 
 
 if __name__ == "__main__":
