@@ -19,8 +19,11 @@ Prompter = Callable[[list[str]], str]  # [user, assistant, ..., user] -> the pro
 def own_template(path: Path, described: dict) -> str:
     """The directory's chat template, "" if it has none. described: its tokenizer_config.json."""
     file = path / "chat_template.jinja"
-    template = file.read_text() if is_file(file) else described.get("chat_template")
-    return template if isinstance(template, str) else ""
+    try:
+        own = file.read_text("utf-8") if is_file(file) else described.get("chat_template")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as text: {error}") from None
+    return own if isinstance(own, str) else ""
 
 
 def make_prompter(template: str, path: Path, bos: str, eos: str) -> Prompter:

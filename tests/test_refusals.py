@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF
+from conftest import BRIEF, needs_proc
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -24,6 +25,7 @@ from support.checkpoint import LOCKS
 from support.errors import exit_on_bad_input
 
 FUZZ = 25  # of each file
+NOISE = 8 * 2**20  # bytes that a command may take whatever its files hold; 0.2 MB were measured
 COMMANDS = {
     "train": (train.main, ["--model=model", "--data=rows.jsonl", "--out=new", *BRIEF]),
     "resume": (train.main, ["--out=run", "--resume", "--steps=3"]),
@@ -540,8 +542,15 @@ FUZZED = [
 ]
 
 
+def memory(name: str) -> int:
+    """Bytes of this process's memory, "VmRSS" now or "VmHWM" at its highest."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
+
+
+@needs_proc
 @pytest.mark.parametrize(("command", "file", "spoil"), FUZZED)
-def test_a_spoilt_file_is_used_or_refused_in_a_line(
+def test_a_spoilt_file_is_used_or_refused_in_a_line_within_twice_its_memory(
     command, file, spoil, world, monkeypatch, capfd
 ):
     """Seeded. That it is used is fine: not every change is an error."""
@@ -551,7 +560,10 @@ def test_a_spoilt_file_is_used_or_refused_in_a_line(
         spoilt = spoil(whole, rng)
         Path(file).write_bytes(spoilt)
         before = tree(Path.cwd())
+        Path("/proc/self/clear_refs").write_text("5")  # the highest memory is that of now
+        start = memory("VmRSS")
         code = run(command, ["--max-answer=2"] if command == "sample" else [], monkeypatch)
+        assert memory("VmHWM") - start <= 2 * len(spoilt) + NOISE, spoilt
         error = capfd.readouterr().err
         assert code == 0 or (error.startswith("error: ") and error.count("\n") == 1), error
         if code == 2:
