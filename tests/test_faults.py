@@ -2,6 +2,7 @@
 last checkpoint."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -112,6 +113,7 @@ def test_over_hundreds_of_steps_memory_and_open_files_stay_and_the_log_is_valid(
         figures.append((resident(), len(os.listdir("/proc/self/fd"))))
 
     monkeypatch.setattr(metrics.Log, "write", write)
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's keeps every line of torch's log
     argv = ["--model=model", "--data=rows.jsonl", "--eval-data=rows.jsonl", "--out=new", *BRIEF]
     argv += [f"--steps={steps}", "--eval-every=10", "--save-every=10"]
     train.train(parse_args(argv, ""))
