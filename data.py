@@ -19,7 +19,6 @@ what is scored is not what was sampled.
 import hashlib
 import json
 import math
-import re
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +28,19 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from support.chat import make_prompter, own_template
+from support.chat import make_prompter, own_template, template_of
 from support.errors import InputError, require
-from support.files import check_fields, is_file, read_json, write_json
+from support.files import is_file, write_json
+from support.tokenizer import (
+    by_first_letter,
+    check_ids,
+    find_eos,
+    is_text,
+    load_tokenizer,
+    read_directory,
+    with_ordinary_token,
+    write_directory,
+)
 
 MARKER = "<|response_start|>"  # the paper's
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
@@ -39,10 +48,6 @@ CHAT = "chat"  # the prompt format of the model directory's own chat template
 
 # Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
 RESERVED = ("reserved", "unused", "[control_", "<special_")
-
-
-# Files of a model directory that other software reads beside tokenizer.json, copied with it.
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 # ---- tokenizer
@@ -64,10 +69,7 @@ class Tokenizer:
     ) -> None:
         self.path = Path(path)
         # All files are read here: a run may outlive the directory it began from.
-        config = read_json(self.path / "config.json", {"vocab_size": (int, 1, None)})
-        self.files = {name: read_json(self.path / name) for name in SIDE_FILES}
-        text = (str, None, None)
-        saved = read_json(self.path / "nrt.json", {"marker": text, "prompt_format": text})
+        config, saved, self.files = read_directory(self.path)
         self.trained_marker: str | None = saved.get("marker")  # None: not trained here
         self.marker = marker or saved.get("marker") or MARKER
         self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
@@ -83,7 +85,7 @@ class Tokenizer:
         has_question = "{question}" in self.prompt_format or self.prompt_format == CHAT
         require(has_question, f"--prompt-format {self.prompt_format!r} lacks {{question}}")
         self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
-        self.eos_ids = self.find_eos(config)
+        self.eos_ids = find_eos(self.path, config, self.files, self.model)
         self.eos: str = self.model.id_to_token(self.eos_ids[0])
         # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
         self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
@@ -116,58 +118,25 @@ class Tokenizer:
         self.cut_ids = sorted((special | set(self.eos_ids)) - {self.marker_id})
         if self.marker_is_new:
             rows = max(rows, self.marker_id + 1)  # the embedding grows
-        self.check_ids(rows)
+        check_ids(self.path, self.model, [self.eos_ids[0], *self.prefix], rows)
         # Special tokens that a text spells out become tokens, as other software has it too.
         # Tokens without a row are refused (Pairs): of added ones a model may have fewer.
         self.without_row = {entry.content for token, entry in added.items() if token >= rows}
         names = {entry.content for token, entry in added.items() if token in special}
         names |= {self.marker} if self.marker_id in added else set()
         self.special_names = {name for name in names | self.without_row if name}
-        pattern = "|".join(re.escape(name) for name in sorted(self.special_names))
-        self.spelled_out = re.compile(pattern or r"(?!)")
-
-    def check_ids(self, rows: float) -> None:
-        """InputError if a token that any text may need has no row in the embedding."""
-        needed = [*self.eos_ids[:1], *self.prefix]
-        needed += self.model.get_vocab(with_added_tokens=False).values()
-        highest = max(needed)
-        require(
-            highest < rows,
-            f"{self.path / 'tokenizer.json'}: has a token {highest}, config.json says vocab_size "
-            f"{rows}: the model is not this tokenizer's",
-        )
-
-    def find_eos(self, config: dict) -> list[int]:
-        """All eos ids: tokenizer_config.json names the first, the model's configs may add more."""
-        file = self.path / "tokenizer_config.json"
-        named = self.files[file.name].get("eos_token")
-        if isinstance(named, dict):  # an AddedToken written as an object
-            named = named.get("content")
-        check_fields({"eos_token": named}, {"eos_token": (str, None, None)}, file)
-        require(named is None or is_text(named), f"{file}: eos_token is {named!r}, no text")
-        found = [] if named is None else [self.model.token_to_id(named)]
-        generation = self.files["generation_config.json"]
-        for name, values in (("generation_config.json", generation), ("config.json", config)):
-            ids = values.get("eos_token_id")
-            for token in ids if isinstance(ids, list) else [ids]:
-                where = self.path / name
-                check_fields({"eos_token_id": token}, {"eos_token_id": (int, 0, 2**31)}, where)
-                found.append(token)
-        found = [token for token in found if token is not None]
-        require(
-            bool(found),
-            f"{self.path}: no eos token: neither tokenizer_config.json (eos_token) "
-            "nor config.json (eos_token_id) names one",
-        )
-        known = self.model.id_to_token(found[0]) is not None
-        require(known, f"{self.path}: eos is token {found[0]}, which tokenizer.json does not have")
-        return list(dict.fromkeys(found))  # without duplicates, in this order
+        self.patterns = by_first_letter(self.special_names)
 
     def prompt_ids(self, turns: list[str]) -> list[int]:
         """[user, assistant, ..., user] -> the prompt, in the prompt format."""
         if self.prompt_format == CHAT:
             return self.encode_prompt(self.prompter(turns).removeprefix(self.bos))
         return self.encode_prompt(render(turns, self.prompt_format, self.eos))
+
+    def spells_out(self, text: str) -> bool:
+        """Whether the text holds a special token's name: it becomes that token."""
+        found = (letter in text and names.search(text) for letter, names in self.patterns.items())
+        return any(found)
 
     def encode_prompt(self, text: str) -> list[int]:
         return self.prefix + self.model.encode(text, add_special_tokens=False).ids
@@ -187,97 +156,23 @@ class Tokenizer:
         With it go nrt.json (marker, prompt format), a chat template that makes the prompts that
         `render` makes, and the other files of the directory that tokenizers and samplers read.
         """
-        path = Path(path)
-        described = self.files["tokenizer_config.json"] | {"chat_template": self.chat_template()}
-        described.get("added_tokens_decoder", {}).get(str(self.marker_id), {})["special"] = False
-        for name, values in (self.files | {"tokenizer_config.json": described}).items():
-            if values:
-                write_json(path / name, values)
-        self.model.save(str(path / "tokenizer.json"))
-        ours = {"marker": self.marker, "prompt_format": self.prompt_format}
-        write_json(path / "nrt.json", ours)
+        own = {"marker": self.marker, "prompt_format": self.prompt_format}
+        write_directory(Path(path), self.model, self.files, self.chat_template(), self.marker_id)
+        write_json(Path(path) / "nrt.json", own)
+
+    def chat_template(self) -> str:
+        """`encode_prompt(render(...))` as the Jinja template that other software applies."""
+        if self.prompt_format == CHAT:
+            return self.own_template
+        return template_of(self.prompt_format, self.bos, self.eos)
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether both make the same tokens of every row."""
-        return all(
-            [
-                self.model.to_str() == other.model.to_str(),
-                self.eos_ids == other.eos_ids,
-                self.marker == other.marker,
-                self.prompt_format == other.prompt_format,
-            ]
+        ours, theirs = (
+            (made.model.to_str(), made.eos_ids, made.marker, made.prompt_format)
+            for made in (self, other)
         )
-
-    def chat_template(self) -> str:
-        """`encode_prompt(render(...))` as the Jinja template that other software applies.
-
-        A model that continues its prompts writes trace, marker, answer. A Jinja string literal
-        reads as in JSON, so that any prompt format can be one. A template writes bos itself.
-        """
-        if self.prompt_format == CHAT:
-            return self.own_template
-        pieces = [literal(piece) for piece in self.prompt_format.split("{question}")]
-        question = " + text + ".join(pieces)
-        answer = "text + " + literal(self.eos + "\n")
-        blank = literal("\n\n")
-        return "".join(
-            [
-                "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
-                f"{{%- set system = messages[0].content + {blank}"
-                " if messages[0].role == 'system' else '' -%}",
-                f"{{{{- {literal(self.bos)} -}}}}",
-                "{%- for turn in turns -%}",
-                "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
-                f"{{%- if turn.role == 'user' -%}}{{{{- {question} -}}}}",
-                f"{{%- else -%}}{{{{- {answer} -}}}}{{%- endif -%}}",
-                "{%- endfor -%}",
-            ]
-        )
-
-
-def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    if not file.parent.is_dir():
-        raise InputError(
-            f"{file.parent}: no such directory; for a model of the hub, first "
-            "`hf download ORGANISATION/NAME --local-dir DIR`, then --model DIR"
-        )
-    found = is_file(file)
-    require(found, f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # Some published files contain the padding and truncation that a training run used.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode("A text: 1, 2 é \n")  # some mistakes show only here
-    except BaseException as error:  # the library raises bare Exceptions, and panics
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise InputError(f"{file}: not a tokenizer: {error}") from None
-    return tokenizer
-
-
-def is_text(text: str) -> bool:
-    """Python's and JSON's strings may hold half a character, a tokenizer's do not."""
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def with_ordinary_token(tokenizer: tokenizers.Tokenizer, token: int) -> tokenizers.Tokenizer:
-    """The same tokenizer, in which `token` is not special: decoding never drops it."""
-    entry = tokenizer.get_added_tokens_decoder().get(token)
-    if entry is None or not entry.special:
-        return tokenizer
-    made = json.loads(tokenizer.to_str())
-    for added in made["added_tokens"]:
-        added["special"] &= added["id"] != token
-    return tokenizers.Tokenizer.from_str(json.dumps(made))
-
-
-def literal(text: str) -> str:
-    """A string literal in Jinja."""
-    return json.dumps(text, ensure_ascii=False)
+        return ours == theirs
 
 
 # ---- rows
@@ -325,8 +220,6 @@ class Pairs:
         most_answer = MAX_CHARS * (max_answer or MAX_ROW)
         require(is_file(self.path), f"{self.path}: No such file or directory")
         digest = hashlib.sha256()
-        # Bytes without which a line spells out nothing: a search of all names costs more.
-        begins = {name.encode()[:1] for name in tokenizer.special_names} | {b"\\u"}
         offsets = array("q")
         offset = 0  # of the line, in bytes
         number = 0
@@ -335,11 +228,11 @@ class Pairs:
             number += 1
             where = f"{self.path}:{number}"
             require(len(line) <= MAX_ROW, f"{where}: has more than {MAX_ROW} bytes")
-            if line.strip():
+            if not line.isspace():
                 turns, gold = parse_row(line, where)
                 if sum(map(len, turns)) > most_prompt or len(gold) > most_answer:
                     self.too_long.add(len(offsets))
-                if any(begin in line for begin in begins):
+                if any(map(tokenizer.spells_out, (*turns, gold))):
                     self.count_special(turns, gold, where)
                 digest.update(line)
                 offsets.append(offset)
@@ -349,9 +242,6 @@ class Pairs:
         self.digest = digest.hexdigest()
 
     def count_special(self, turns: list[str], gold: str, where: str) -> None:
-        search = self.tokenizer.spelled_out.search
-        if not any(search(text) for text in (*turns, gold)):
-            return
         self.spelled_out += 1
         eos = self.tokenizer.eos
         self.early_eos += eos in gold.removesuffix(eos)
@@ -395,10 +285,8 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
             "a row should be an object with question and answer"
         )
     turns = parse_messages(row["messages"], where) if "messages" in row else parse_pair(row, where)
-    if not line.isascii() or b"\\u" in line:
-        text = "".join(turns)
-        half = f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
-        require(not text or is_text(text), half)
+    half = f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
+    require(all(is_text(turn) for turn in turns if turn), half)
     *turns, gold = [text.strip() for text in turns]
     if not gold:
         raise InputError(f"{where}: the answer is empty")

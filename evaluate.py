@@ -274,7 +274,7 @@ def main() -> None:
         print(f"eval_sampled {share:.4g}")
     if args.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        args.predictions.write_text("".join(lines))
+        args.predictions.write_text("".join(lines), "utf-8")
 
 
 if __name__ == "__main__":

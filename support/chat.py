@@ -1,4 +1,5 @@
-"""Prompts through a model directory's own chat template: `--prompt-format chat`.
+"""Chat templates: prompts through a model directory's own (`--prompt-format chat`), and the one
+that is exported for any other prompt format.
 
 A template is Jinja, in the file chat_template.jinja or in tokenizer_config.json. jinja2 is imported
 only here, and run in its sandbox. What transformers would fill in beside the messages is left
@@ -6,6 +7,7 @@ undefined: no tools, no date of today, no `enable_thinking`. A system turn of th
 front of the first question, as in any prompt format.
 """
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +21,11 @@ Prompter = Callable[[list[str]], str]  # [user, assistant, ..., user] -> the pro
 def own_template(path: Path, described: dict) -> str:
     """The directory's chat template, "" if it has none. described: its tokenizer_config.json."""
     file = path / "chat_template.jinja"
-    template = file.read_text() if is_file(file) else described.get("chat_template")
-    return template if isinstance(template, str) else ""
+    try:
+        own = file.read_text("utf-8") if is_file(file) else described.get("chat_template")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as text: {error}") from None
+    return own if isinstance(own, str) else ""
 
 
 def make_prompter(template: str, path: Path, bos: str, eos: str) -> Prompter:
@@ -53,3 +58,33 @@ def make_prompter(template: str, path: Path, bos: str, eos: str) -> Prompter:
         raise InputError(f"{path}: its chat template fails: {error}") from None
     require("a question" in shown, f"{path}: its chat template drops the question")
     return prompt
+
+
+def template_of(prompt_format: str, bos: str, eos: str) -> str:
+    """The template that makes the prompts of a prompt format with {question} (data.render).
+
+    A model that continues its prompts writes trace, marker, answer. A Jinja string literal reads as
+    in JSON, so that any prompt format can be one. A template writes bos itself.
+    """
+    pieces = [literal(piece) for piece in prompt_format.split("{question}")]
+    question = " + text + ".join(pieces)
+    answer = "text + " + literal(eos + "\n")
+    blank = literal("\n\n")
+    return "".join(
+        [
+            "{%- set turns = messages[1:] if messages[0].role == 'system' else messages -%}",
+            f"{{%- set system = messages[0].content + {blank}"
+            " if messages[0].role == 'system' else '' -%}",
+            f"{{{{- {literal(bos)} -}}}}",
+            "{%- for turn in turns -%}",
+            "{%- set text = ((system if loop.first else '') + turn.content) | trim -%}",
+            f"{{%- if turn.role == 'user' -%}}{{{{- {question} -}}}}",
+            f"{{%- else -%}}{{{{- {answer} -}}}}{{%- endif -%}}",
+            "{%- endfor -%}",
+        ]
+    )
+
+
+def literal(text: str) -> str:
+    """A string literal in Jinja."""
+    return json.dumps(text, ensure_ascii=False)

@@ -19,6 +19,7 @@ import train
 from support.checkpoint import LOCKS
 from support.weights import save_model
 
+needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 BRIEF = "--steps=2 --questions=2 --traces=2 --max-trace=4 --save-every=1 --device=cpu".split()
 
 

@@ -452,23 +452,6 @@ def test_a_bad_row_is_refused_at_the_start_by_file_and_line(row, names, tmp_path
     assert_refused(refusal, f"{file}:7: ", *names)
 
 
-def test_a_data_file_that_cannot_be_opened_is_refused(tmp_path):
-    tokenizer = Tokenizer(GOLDEN / "byte_level")
-    for file, why in ((tmp_path / "nowhere.jsonl", "No such file"), (tmp_path, "directory")):
-        with pytest.raises(InputError) as refusal:
-            Pairs(file, tokenizer)
-        assert_refused(refusal, str(file), why)
-
-
-@pytest.mark.parametrize("text", [b"", b"\n  \n"], ids=["empty", "blank"])
-def test_a_data_file_without_rows_is_refused(text, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(text)
-    with pytest.raises(InputError) as refusal:
-        Pairs(file, Tokenizer(GOLDEN / "byte_level"))
-    assert_refused(refusal, str(file), "no rows")
-
-
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tiny.tokenizer_dir(tmp_path, eos=None)
     for config in ({}, {"eos_token_id": None}):
@@ -481,44 +464,6 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 def test_an_eos_that_is_not_in_the_vocabulary_is_none(tmp_path):
     with pytest.raises(InputError, match="no eos token"):
         Tokenizer(tiny.tokenizer_dir(tmp_path, eos="<gone>"))
-
-
-@every_kind
-def test_a_marker_that_is_an_eos_is_refused(kind):
-    with pytest.raises(InputError) as refusal:
-        Tokenizer(GOLDEN / kind, marker=EOS[kind])
-    assert_refused(refusal, "--marker", EOS[kind], str(GOLDEN / kind))
-
-
-@pytest.mark.parametrize("wrong", ["{} ?", "{Question}", "question"])
-def test_a_prompt_format_without_question_is_refused(wrong):
-    with pytest.raises(InputError) as refusal:
-        Tokenizer(GOLDEN / "byte_level", prompt_format=wrong)
-    assert_refused(refusal, "--prompt-format", wrong, "{question}")
-
-
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
-    file = tmp_path / "tokenizer.json"
-    with pytest.raises(InputError) as refusal:
-        Tokenizer(tmp_path)
-    assert_refused(refusal, str(file), "no such file")
-    for text in ("", "{", '{"version": "1.0"}'):
-        file.write_text(text)
-        with pytest.raises(InputError) as refusal:
-            Tokenizer(tmp_path)
-        assert_refused(refusal, str(file), "not a tokenizer")
-
-
-@pytest.mark.parametrize(
-    "name", ["tokenizer_config.json", "generation_config.json", "config.json", "nrt.json"]
-)
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_broken_file_beside_the_tokenizer_is_refused(name, text, tmp_path):
-    tiny.tokenizer_dir(tmp_path)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError) as refusal:
-        Tokenizer(tmp_path)
-    assert_refused(refusal, str(tmp_path / name))
 
 
 # ---- order of rows

@@ -2,6 +2,7 @@
 last checkpoint."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -10,19 +11,20 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import BRIEF
+from conftest import BRIEF, needs_proc
 from test_distributed import output_of, processes, start, workers
 
 import train
+from support import metrics
 from support.args import parse_args
 from support.checkpoint import LOCKS, checkpoints
 from support.errors import exit_on_bad_input
 from support.weights import load_model
 
 pytestmark = pytest.mark.slow
-needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find children")
 CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
 
 
@@ -95,6 +97,34 @@ def test_whatever_file_the_disk_has_no_place_for_the_run_is_whole(limit, world):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def resident() -> float:
+    """MB of this process's memory that are in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+@needs_proc
+def test_over_hundreds_of_steps_memory_and_open_files_stay_and_the_log_is_valid(world, monkeypatch):
+    """With an evaluation and a checkpoint every tenth step."""
+    steps, figures = 500, []
+    real = metrics.Log.write
+
+    def write(log: metrics.Log, record: dict) -> None:
+        real(log, record)
+        figures.append((resident(), len(os.listdir("/proc/self/fd"))))
+
+    monkeypatch.setattr(metrics.Log, "write", write)
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's keeps every line of torch's log
+    argv = ["--model=model", "--data=rows.jsonl", "--eval-data=rows.jsonl", "--out=new", *BRIEF]
+    argv += [f"--steps={steps}", "--eval-every=10", "--save-every=10"]
+    train.train(parse_args(argv, ""))
+    assert [line["step"] for line in log_of(Path("new"))] == list(range(steps + 1))
+    memory, files = np.array(figures[100:], dtype=float).T
+    slope = np.polyfit(np.arange(len(memory)), memory, 1)[0] * 100  # least squares
+    print(f"{slope:+.3f} MB per 100 steps from {memory[0]:.0f} MB, {files.max():.0f} open files")
+    assert slope < 1 and files.max() == files.min()
+    assert len(checkpoints(Path("new"))) == 2
+
+
 # ---- several ranks
 def lines_of_steps(process, count: int) -> list[str]:
     """Its output until `count` steps are logged."""
@@ -141,7 +171,8 @@ def test_torchrun_ended_by_a_signal_saves_the_step_and_says_how_to_go_on(number,
 
 @needs_proc
 def test_workers_that_outlive_a_killed_torchrun_still_hold_the_folder(tmp_path):
-    out = tmp_path / "run"
+    """The line that says so needs no letters beyond ASCII."""
+    out = tmp_path / "rün"
     process = start(out, "--steps=99", torchrun=processes(2))
     lines_of_steps(process, 1)
     ranks = workers(process.pid)
@@ -149,9 +180,10 @@ def test_workers_that_outlive_a_killed_torchrun_still_hold_the_folder(tmp_path):
         os.kill(rank, signal.SIGSTOP)
     process.kill()
     process.wait()
-    second = start(out, "--resume", "--steps=99")
+    second = start(out, "--resume", "--steps=99", LC_ALL="C", PYTHONUTF8="0")
     output = output_of(second)
-    assert second.returncode == 2 and "run.lock" in output, output
+    assert second.returncode == 2 and output.isascii() and "run.lock" in output, output
+    assert output.startswith("error: ") and output.count("\n") == 1, output
     assert any(f"process {rank} on" in output for rank in ranks)
     for rank in ranks:
         os.kill(rank, signal.SIGKILL)

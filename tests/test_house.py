@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "support.weights": "model support.errors support.files",
     "support.distributed": "model support.errors support.weights",
     "support.chat": "support.errors support.files",
-    "data": "support.chat support.errors support.files",
+    "support.tokenizer": "support.errors support.files",
+    "data": "support.chat support.errors support.files support.tokenizer",
     "sample": "data kernels.logprob model support.errors support.weights",
     "reward": "kernels.logprob model sample",
     "preflight": "aggregate data model reward sample",
@@ -39,6 +40,7 @@ MAY_IMPORT = {
 PACKAGES = {
     "model": "torch",
     "data": "numpy tokenizers",
+    "support.tokenizer": "tokenizers",
     "support.weights": "safetensors torch",
     "support.checkpoint": "safetensors torch",
     "support.metrics": "torch",

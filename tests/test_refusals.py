@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF
+from conftest import BRIEF, needs_proc
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -24,6 +25,7 @@ from support.checkpoint import LOCKS
 from support.errors import exit_on_bad_input
 
 FUZZ = 25  # of each file
+NOISE = 8 * 2**20  # bytes that a command may take whatever its files hold; 0.2 MB were measured
 COMMANDS = {
     "train": (train.main, ["--model=model", "--data=rows.jsonl", "--out=new", *BRIEF]),
     "resume": (train.main, ["--out=run", "--resume", "--steps=3"]),
@@ -123,111 +125,86 @@ def tensors(drop: str = "", **changed: torch.Tensor) -> Callable[[], None]:
     return edit
 
 
+# ---- tables: an edit, and what the line must name
+Case = tuple[Callable[[], None], list[str]]
+
+
+def fields(file: str, **values: list) -> list[Case]:
+    """Each field of a JSON file with each of its wrong values; the line names file and field."""
+    return [
+        (merge(file, **{field: value}), [file, field])
+        for field, wrong in values.items()
+        for value in wrong
+    ]
+
+
+def each(flags: str) -> list[tuple[list[str], str]]:
+    """Each flag alone; the line names it."""
+    return [([flag], flag.partition("=")[0]) for flag in flags.split()]
+
+
 NORM = "model.norm.weight"
 DEEP = "[" * 200 + "]" * 200
 CONFIG, GENERATION = "model/config.json", "model/generation_config.json"
-TOKENIZER, TOKENIZER_CONFIG, NRT = (
-    "model/tokenizer.json",
-    "model/tokenizer_config.json",
-    "model/nrt.json",
-)
-# What a model directory may hold: the edit, and what the line must name. For four commands.
-MODEL = [
-    *[
-        (merge(CONFIG, **{field: value}), [CONFIG, field])
-        for field, value in [
-            ("vocab_size", "11"),
-            ("vocab_size", True),
-            ("vocab_size", 10**12),
-            ("vocab_size", None),
-            ("hidden_size", 0),
-            ("hidden_size", -16),
-            ("hidden_size", 16.0),
-            ("hidden_size", [16]),
-            ("intermediate_size", {}),
-            ("num_hidden_layers", 100_000),
-            ("num_hidden_layers", 10**30),
-            ("num_attention_heads", "4"),
-            ("num_key_value_heads", 0),
-            ("head_dim", 2.5),
-            ("max_position_embeddings", "2048"),
-            ("max_position_embeddings", 0),
-            ("rms_norm_eps", -1),
-            ("rms_norm_eps", float("nan")),
-            ("rope_theta", True),
-            ("rope_theta", {}),
-            ("rope_theta", float("inf")),
-            ("rope_theta", 0),
-            ("rope_scaling", [8]),
-            ("rope_parameters", "llama3"),
-            ("tie_word_embeddings", "no"),
-            ("layer_types", 3),
-            ("model_type", ["llama"]),
-            ("model_type", {}),
-            ("hidden_act", ["silu"]),
-            ("eos_token_id", "1"),
-            ("eos_token_id", [1, -1]),
-            ("eos_token_id", 1.5),
-            ("eos_token_id", True),
-        ]
-    ],
-    (
-        merge(
-            CONFIG,
-            rope_scaling={
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 4.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        ),
-        [CONFIG, "low_freq_factor"],
+TOKENIZER, TOKENIZER_CONFIG = "model/tokenizer.json", "model/tokenizer_config.json"
+NRT, MAP = "model/nrt.json", "model/special_tokens_map.json"
+WEIGHTS, INDEX = "model/model.safetensors", "model/model.safetensors.index.json"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 4.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS = {"F8": torch.float8_e4m3fn, "I64": torch.int64, "BOOL": torch.bool}
+BROKEN_TOKENIZERS = ["", "{", "{}", '{"version": "1.0"}', "[" * 100_000, "\0" * 100]
+MODEL = [  # of a model directory, for four commands
+    *fields(
+        CONFIG,
+        vocab_size=["11", True, 10**12, None],
+        hidden_size=[0, -16, 16.0, [16], None],
+        intermediate_size=[{}, None],
+        num_hidden_layers=[0, 100_000, 10**30, None],
+        num_attention_heads=["4", 2.0, None],
+        num_key_value_heads=[0],
+        head_dim=[2.5],
+        max_position_embeddings=["2048", 0],
+        rms_norm_eps=[-1, "1e-5", float("nan")],
+        rope_theta=["many", True, {}, float("inf"), 0],
+        rope_scaling=[[8], "linear"],
+        rope_parameters=["llama3"],
+        tie_word_embeddings=["no"],
+        layer_types=[3],
+        model_type=[["llama"], {}],
+        hidden_act=[["silu"]],
+        eos_token_id=["1", [1, -1], 1.5, True],
     ),
+    (merge(CONFIG, rope_scaling=LLAMA3), [CONFIG, "low_freq_factor"]),
     (merge(CONFIG, rope_scaling={"rope_type": "llama3", "factor": "8"}), [CONFIG, "factor"]),
     (merge(CONFIG, vocab_size=9), ["model"]),
-    (put(CONFIG, "{"), [CONFIG, "JSON"]),
-    (put(CONFIG, "[]"), [CONFIG, "list"]),
+    *[(put(CONFIG, text), [CONFIG, "JSON"]) for text in ("", "{", b"\xff\xfe\x00", b"1" * 5000)],
+    *[(put(CONFIG, text), [CONFIG, kind]) for text, kind in (("[]", "list"), ('"llama"', "str"))],
     (put(CONFIG, f'{{"model_type": {DEEP}}}'), [CONFIG, "deep"]),
     (put(CONFIG, "[" * 100_000), [CONFIG]),
-    (put(CONFIG, b"\xff\xfe\x00"), [CONFIG, "JSON"]),
-    (put(CONFIG, b"1" * 5000), [CONFIG]),
-    (pipe(CONFIG), [CONFIG, "pipe"]),
-    (endless(CONFIG), [CONFIG, "device"]),
-    (drop(CONFIG), [CONFIG, "no such file"]),
-    *[
-        (merge(file, **{field: value}), [file, field])
-        for file, field, value in [
-            (GENERATION, "eos_token_id", "1"),
-            (GENERATION, "eos_token_id", [[1]]),
-            (GENERATION, "eos_token_id", {"id": 1}),
-            (GENERATION, "eos_token_id", -3),
-            (TOKENIZER_CONFIG, "eos_token", 1),
-            (TOKENIZER_CONFIG, "eos_token", ["<eos>"]),
-            (TOKENIZER_CONFIG, "eos_token", {"content": 5}),
-            (NRT, "marker", 3),
-            (NRT, "marker", ["m"]),
-            (NRT, "marker", {}),
-            (NRT, "prompt_format", 7),
-            (NRT, "prompt_format", ["{question}"]),
-        ]
-    ],
+    *[(pipe(file), [file, "pipe"]) for file in (CONFIG, GENERATION, NRT, TOKENIZER, WEIGHTS)],
+    *[(endless(file), [file, "device"]) for file in (CONFIG, WEIGHTS)],
+    *[(drop(file), [file, "no such file"]) for file in (CONFIG, TOKENIZER)],
+    *fields(GENERATION, eos_token_id=["1", [[1]], {"id": 1}, -3]),
+    *fields(TOKENIZER_CONFIG, eos_token=[1, ["<eos>"], {"content": 5}]),
+    *fields(NRT, marker=[3, ["m"], {}], prompt_format=[7, ["{question}"]]),
     (merge(NRT, marker="\ud800"), ["marker", "nrt.json"]),
     (merge(NRT, prompt_format="{question}\udfff"), ["prompt-format"]),
-    (merge(NRT, prompt_format="no question"), ["prompt-format"]),
+    *[
+        (merge(NRT, prompt_format=text), ["prompt-format", text, "{question}"])
+        for text in ("no question", "{Question}", "{} ?")
+    ],
     (merge(NRT, marker="<eos>"), ["marker", "eos"]),
     *[
         (put(file, text), [file])
-        for file in (GENERATION, TOKENIZER_CONFIG, NRT, "model/special_tokens_map.json")
+        for file in (GENERATION, TOKENIZER_CONFIG, NRT, MAP)
         for text in ("[]", "{", '"text"', f'{{"a": {DEEP}}}', b"\xff")
     ],
-    (pipe(GENERATION), [GENERATION, "pipe"]),
-    (pipe(NRT), [NRT, "pipe"]),
-    (pipe(TOKENIZER), [TOKENIZER, "pipe"]),
-    (drop(TOKENIZER), [TOKENIZER, "no such file"]),
-    (put(TOKENIZER, "{}"), [TOKENIZER, "tokenizer"]),
-    (put(TOKENIZER, "[" * 100_000), [TOKENIZER, "tokenizer"]),
-    (put(TOKENIZER, b"\x00" * 100), [TOKENIZER, "tokenizer"]),
+    *[(put(TOKENIZER, text), [TOKENIZER, "tokenizer"]) for text in BROKEN_TOKENIZERS],
     (
         lambda: (
             merge(TOKENIZER_CONFIG, eos_token=None)(),
@@ -236,35 +213,29 @@ MODEL = [
         ),
         ["eos", "10"],
     ),
-    (tensors(**{NORM: torch.ones(16, dtype=torch.int64)}), [NORM, "I64", "F32"]),
-    (tensors(**{NORM: torch.ones(16, dtype=torch.bool)}), [NORM, "BOOL"]),
-    (tensors(**{NORM: torch.ones(16).to(torch.float8_e4m3fn)}), [NORM, "F8"]),
-    (tensors(**{NORM: torch.ones(15)}), [NORM, "[15]"]),
-    (tensors(**{"junk": torch.ones(2)}), ["junk"]),
-    (tensors(drop=NORM), [NORM, "missing"]),
-    (put("model/model.safetensors", b""), ["model.safetensors"]),
-    (put("model/model.safetensors", b"\xff" * 64), ["model.safetensors"]),
-    (put("model/model.safetensors", struct.pack("<Q", 2**40) + b"{}"), ["model.safetensors"]),
-    (pipe("model/model.safetensors"), ["model.safetensors", "pipe"]),
-    (endless("model/model.safetensors"), ["model.safetensors", "device"]),
-    (drop("model/model.safetensors"), ["model.safetensors"]),
     *[
-        (put("model/model.safetensors.index.json", json.dumps(index)), ["index.json"])
-        for index in [
-            {},
-            {"weight_map": 3},
-            {"weight_map": {}},
-            {"weight_map": {"a": "../model.safetensors"}},
-            {"weight_map": {"a": "/etc/passwd"}},
-            {"weight_map": {"a": ".."}},
-            {"weight_map": {"a": ["model.safetensors"]}},
-            {"weight_map": {"a": ""}},
-        ]
+        (tensors(**{NORM: torch.ones(16).to(kind)}), [NORM, name, "F32"])
+        for name, kind in KINDS.items()
     ],
-    (
-        put("model/model.safetensors.index.json", '{"weight_map": {"a": "gone.safetensors"}}'),
-        ["gone.safetensors"],
-    ),
+    (tensors(**{NORM: torch.ones(15)}), [NORM, "[15]", "[16]"]),
+    *[
+        (tensors(**{name: torch.ones(16)}), [WEIGHTS, name])
+        for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight")
+    ],
+    (tensors(junk=torch.ones(2)), ["junk"]),
+    *[(tensors(drop=name), ["model:", name, "missing"]) for name in (NORM, "lm_head.weight")],
+    *[
+        (put(WEIGHTS, content), [WEIGHTS])
+        for content in (b"", b"\xff" * 64, struct.pack("<Q", 2**40) + b"{}")
+    ],
+    (drop(WEIGHTS), ["model.safetensors"]),
+    *[(put(INDEX, text), [INDEX]) for text in ("{", "[]", '{"metadata": {}}')],
+    *[(merge(INDEX, weight_map=wrong), [INDEX]) for wrong in (None, 3, {})],
+    *[
+        (merge(INDEX, weight_map={"a": name}), [INDEX])
+        for name in ("../model.safetensors", "/etc/passwd", "..", ["model.safetensors"], "")
+    ],
+    (merge(INDEX, weight_map={"a": "gone.safetensors"}), ["gone.safetensors"]),
 ]
 
 
@@ -278,24 +249,30 @@ def test_a_model_directory_that_is_not_one_is_refused_by_file_and_field(
         assert_refused(name, [], says, monkeypatch, capfd)
 
 
+ROWS, SECOND = "rows.jsonl", "rows.jsonl:2:"
 GOOD = b'{"question": "a", "answer": "b"}\n'
 DATA = [
-    (put("rows.jsonl", b""), ["rows.jsonl", "no rows"]),
-    (put("rows.jsonl", GOOD + b"[" * 100_000), ["rows.jsonl:2:"]),
-    (put("rows.jsonl", GOOD + b"\x00\x00"), ["rows.jsonl:2:"]),
-    (put("rows.jsonl", GOOD + b"\xff\xfe"), ["rows.jsonl:2:"]),
-    (put("rows.jsonl", GOOD + b"12"), ["rows.jsonl:2:", "int"]),
-    (put("rows.jsonl", GOOD + b"null"), ["rows.jsonl:2:", "NoneType"]),
-    (put("rows.jsonl", GOOD + b'{"question": {}, "answer": "b"}'), ["rows.jsonl:2:", "dict"]),
-    (put("rows.jsonl", GOOD + b'{"messages": {"role": "user"}}'), ["rows.jsonl:2:", "messages"]),
-    (put("rows.jsonl", GOOD + b'{"question": "a", "answer": "\\ud800"}'), ["rows.jsonl:2:"]),
-    (put("rows.jsonl", GOOD + b'{"question": "\xed\xa0\x80", "answer": "b"}'), ["rows.jsonl:2:"]),
-    (put("rows.jsonl", GOOD + b'{"question": "' + b"a" * 2**26), ["rows.jsonl:2:", "bytes"]),
-    (put("rows.jsonl", b'{"question": "' + b"a " * 3000 + b'", "answer": "b"}'), ["rows.jsonl"]),
-    (drop("rows.jsonl"), ["rows.jsonl", "No such file"]),
-    (pipe("rows.jsonl"), ["rows.jsonl", "pipe"]),
-    (endless("rows.jsonl"), ["rows.jsonl", "device"]),
-    (lambda: (drop("rows.jsonl")(), Path("rows.jsonl").mkdir()), ["rows.jsonl", "directory"]),
+    *[
+        (put(ROWS, GOOD + row), [SECOND, says])
+        for row, says in [
+            (b"[" * 100_000, ""),
+            (b"\x00\x00", ""),
+            (b"\xff\xfe", ""),
+            (b"12", "int"),
+            (b"null", "NoneType"),
+            (b'{"question": {}, "answer": "b"}', "dict"),
+            (b'{"messages": {"role": "user"}}', "messages"),
+            (b'{"question": "a", "answer": "\\ud800"}', ""),
+            (b'{"question": "\xed\xa0\x80", "answer": "b"}', ""),
+            (b'{"question": "' + b"a" * 2**26, "bytes"),
+        ]
+    ],
+    *[(put(ROWS, text), [ROWS, "no rows"]) for text in ("", "\n  \n")],
+    (put(ROWS, b'{"question": "' + b"a " * 3000 + b'", "answer": "b"}'), [ROWS]),
+    (drop(ROWS), [ROWS, "No such file"]),
+    (pipe(ROWS), [ROWS, "pipe"]),
+    (endless(ROWS), [ROWS, "device"]),
+    (lambda: (drop(ROWS)(), Path(ROWS).mkdir()), [ROWS, "directory"]),
 ]
 
 
@@ -311,79 +288,61 @@ FLAGS = {
     "train": [
         *[
             ([f"--{name}={value}"], f"--{name}")
-            for name in ("lr", "temperature", "grad-clip", "weight-decay", "eps", "null-loss")
-            for value in ("nan", "inf", "-1")
+            for names, values in [
+                ("lr temperature grad-clip weight-decay eps null-loss", "nan inf -1"),
+                ("steps max-trace keep save-every updates max-prompt", "0 -1 1e3 " + "9" * 30),
+                ("steps max-trace keep save-every updates max-prompt", "9" * 5000),
+            ]
+            for name in names.split()
+            for value in values.split()
         ],
-        *[
-            ([f"--{name}={value}"], f"--{name}")
-            for name in ("steps", "max-trace", "keep", "save-every", "updates", "max-prompt")
-            for value in ("0", "-1", "1e3", "9" * 30, "9" * 5000)
-        ],
-        (["--questions=1000000000000"], "--questions"),
-        (["--traces=1000000000000"], "--traces"),
-        (["--decode-rows=-1"], "--decode-rows"),
-        (["--seed=-1"], "--seed"),
-        (["--device=tpu"], "--device"),
-        (["--device=meta"], "--device"),
-        (["--device="], "--device"),
-        (["--timeout=0"], "--timeout"),
-        (["--dtype=int8"], "--dtype"),
-        (["--out="], "--out"),
+        *each("--questions=1000000000000 --traces=1000000000000 --decode-rows=-1 --seed=-1"),
+        *each("--device=tpu --device=meta --device= --timeout=0 --dtype=int8 --out="),
+        *each("--marker=\udcff --marker=<eos> --prompt-format=\udcff{question}"),
+        *each("--no-such-flag=1 --step=3 --steps=many --traces=1 --activation-checkpointing=some"),
+        (["--traces=1", "--center=none"], "--scale"),
+        (["--questions=5", "--updates=2"], "--updates"),
+        (["--traces=0", "--null-loss=1"], "--null-loss"),
+        (["--clip-null", "--aggregator=r3"], "--clip-null"),
+        (["--resume", "--overwrite"], "--resume"),
+        (["--aggregator=best"], "best"),
         (["--model="], "tokenizer.json"),
+        (["--model=nowhere"], "nowhere"),
+        (["--model=meta-llama/Llama-3.2-1B"], "hf download"),
+        (["--data=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--eval-data=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompt-format=no place"], "{question}"),
         (["--data=model"], "model: a directory"),
         (["--data=\udcff"], "No such file"),
         (["--eval-data=model"], "model: a directory"),
-        (["--marker=\udcff"], "--marker"),
-        (["--marker=<eos>"], "--marker"),
-        (["--prompt-format=\udcff{question}"], "--prompt-format"),
         (["--model=" + "x" * 5000], "too long"),
         (["--aggregator=gone.py:f"], "gone.py"),
         (["--max-trace=4096"], "max_position_embeddings"),
-        (["--out=rows.jsonl"], "--out rows.jsonl"),
-        (["--out=rows.jsonl/run"], "--out rows.jsonl/run"),
+        (["--out=rows.jsonl"], "--out rows.jsonl: cannot be written"),
+        (["--out=rows.jsonl/run"], "--out rows.jsonl/run: cannot be written"),
         (["--out=run"], "already holds a run"),
         (["--out=run", "--resume", "--model=words"], "--model words"),
         (["--model=run/final", "--out=run", "--overwrite"], "would be deleted"),
         (["--data=run/log.jsonl", "--out=run", "--overwrite"], "would be deleted"),
     ],
     "sample": [
-        (["--device=tpu"], "--device"),
-        (["--device=cuda:99"], "--device"),
-        (["--temperature=nan"], "--temperature"),
-        (["--temperature=inf"], "--temperature"),
-        (["--temperature=-1"], "--temperature"),
-        (["--max-trace=0"], "--max-trace"),
-        (["--max-answer=-5"], "--max-answer"),
-        (["--seed=-1"], "--seed"),
-        (["--question="], "--question"),
-        (["--question=\udcff"], "--question"),
+        *each("--device=tpu --device=cuda:99 --temperature=nan --temperature=inf --temperature=-1"),
+        *each(
+            "--max-trace=0 --max-answer=-5 --seed=-1 --question= --question=\udcff --marker=<new>"
+        ),
         (["--question=" + "a " * 3000], "--question"),
         (["--model=gone"], "gone"),
-        (["--marker=<new>"], "--marker"),
     ],
     "evaluate": [
+        *each("--limit=0 --limit=-3 --traces=1 --temperature=nan --device=tpu"),
+        *each("--question=a --gold=a"),
         (["--data="], "directory"),
-        (["--limit=0"], "--limit"),
-        (["--limit=-3"], "--limit"),
-        (["--traces=1"], "--traces"),
-        (["--temperature=nan"], "--temperature"),
-        (["--device=tpu"], "--device"),
-        (["--question=a"], "--question"),
-        (["--gold=a"], "--gold"),
     ],
-    "preflight": [
-        (["--traces=1000000000000"], "--traces"),
-        (["--traces=50000000"], "--traces"),
-        (["--limit=0"], "--limit"),
-    ],
+    "preflight": each("--traces=1000000000000 --traces=50000000 --limit=0"),
     "resume": [
-        (["--model=words"], "--model"),
-        (["--data=model"], "--data"),
-        (["--marker=a"], "--marker"),
+        *each("--model=words --data=model --marker=a --aggregator=log_prob --seed=7"),
+        *each("--dtype=bfloat16"),
         (["--prompt-format=Q {question}"], "--prompt-format"),
-        (["--aggregator=log_prob"], "--aggregator"),
-        (["--seed=7"], "--seed"),
-        (["--dtype=bfloat16"], "--dtype"),
     ],
 }
 FLAG_CASES = [(name, *case) for name, cases in FLAGS.items() for case in cases]
@@ -398,43 +357,30 @@ def test_a_flag_that_cannot_work_is_refused_by_name(case, world, monkeypatch, ca
 LAST = "run/checkpoint-000002"
 ARGS, PROGRESS, LOG = "run/args.json", f"{LAST}/progress.json", "run/log.jsonl"
 OPTIMIZER = f"{LAST}/optimizer/shard-00001-model-00001-of-00001.safetensors"
+EMPTY = struct.pack("<Q", 2) + b"{}"  # safetensors without tensors
 RUN = [
-    *[
-        (merge(ARGS, **{field: value}), [ARGS, field])
-        for field, value in [
-            ("steps", "2"),
-            ("steps", 2.5),
-            ("steps", True),
-            ("lr", "high"),
-            ("lr", float("nan")),
-            ("model", 3),
-            ("model", "a\0b"),
-            ("traces", [2]),
-            ("resume", 1),
-            ("marker", {}),
-            ("center", "median"),
-            ("keep", 0),
-        ]
-    ],
+    *fields(
+        ARGS,
+        steps=["2", 2.5, True],
+        lr=["high", float("nan")],
+        model=[3, "a\0b"],
+        traces=[[2]],
+        resume=[1],
+        marker=[{}],
+        center=["median"],
+        keep=[0],
+    ),
     (merge(ARGS, unknown_flag=1), [ARGS]),
-    (put(ARGS, "[]"), [ARGS]),
-    (put(ARGS, '{"model": '), [ARGS]),
-    (put(ARGS, '{"somebody": "else"}'), [ARGS]),
+    *[(put(ARGS, text), [ARGS]) for text in ("[]", '{"model": ', '{"somebody": "else"}')],
     (drop(ARGS), ["args.json"]),
     (pipe(ARGS), [ARGS, "pipe"]),
-    *[
-        (merge(PROGRESS, **{field: value}), [PROGRESS, field])
-        for field, value in [
-            ("step", "2"),
-            ("step", 7),
-            ("step", None),
-            ("position", -1),
-            ("position", 1.5),
-            ("position", [4]),
-            ("updates", "many"),
-            ("data", 5),
-        ]
-    ],
+    *fields(
+        PROGRESS,
+        step=["2", 7, None],
+        position=[-1, 1.5, [4]],
+        updates=["many"],
+        data=[5],
+    ),
     (put(PROGRESS, "[]"), [PROGRESS]),
     (drop(PROGRESS), [PROGRESS]),
     (merge(PROGRESS, data="0" * 32), ["rows.jsonl", "changed"]),
@@ -446,8 +392,8 @@ RUN = [
     (put(LOG, b"[" * 100_000 + b"\n"), [f"{LOG}:1"]),
     (put("run/samples.jsonl", b"\x00\x00\n"), ["run/samples.jsonl:1"]),
     (drop(OPTIMIZER), [LAST]),
-    (put(OPTIMIZER, b""), [LAST]),
-    (put(OPTIMIZER, struct.pack("<Q", 2) + b"{}"), [LAST]),
+    *[(put(OPTIMIZER, content), [LAST]) for content in (b"", b"short", EMPTY)],
+    (lambda: shutil.copy(WEIGHTS, OPTIMIZER), [LAST, "embed_tokens.weight.exp_avg"]),
     (merge(f"{LAST}/config.json", num_hidden_layers=3), [LAST]),
     (put(f"{LAST}/model.safetensors", b"short"), [LAST]),
     (put(f"{LAST}/tokenizer.json", "{}"), [LAST]),
@@ -540,8 +486,15 @@ FUZZED = [
 ]
 
 
+def memory(name: str) -> int:
+    """Bytes of this process's memory, "VmRSS" now or "VmHWM" at its highest."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
+
+
+@needs_proc
 @pytest.mark.parametrize(("command", "file", "spoil"), FUZZED)
-def test_a_spoilt_file_is_used_or_refused_in_a_line(
+def test_a_spoilt_file_is_used_or_refused_in_a_line_within_twice_its_memory(
     command, file, spoil, world, monkeypatch, capfd
 ):
     """Seeded. That it is used is fine: not every change is an error."""
@@ -551,7 +504,10 @@ def test_a_spoilt_file_is_used_or_refused_in_a_line(
         spoilt = spoil(whole, rng)
         Path(file).write_bytes(spoilt)
         before = tree(Path.cwd())
+        Path("/proc/self/clear_refs").write_text("5")  # the highest memory is that of now
+        start = memory("VmRSS")
         code = run(command, ["--max-answer=2"] if command == "sample" else [], monkeypatch)
+        assert memory("VmHWM") - start <= 2 * len(spoilt) + NOISE, spoilt
         error = capfd.readouterr().err
         assert code == 0 or (error.startswith("error: ") and error.count("\n") == 1), error
         if code == 2:

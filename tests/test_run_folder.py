@@ -1,6 +1,7 @@
 """A run's folder: nothing of the user's is touched, what was saved stays whole, one run in it."""
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -218,6 +219,26 @@ def test_a_weight_that_is_nan_is_logged_and_ends_the_run_after_three_steps(
     assert checkpoints(Path("new")) == []
 
 
+def test_one_reward_that_is_nan_is_logged_and_not_applied_and_three_steps_of_them_end_the_run(
+    world, monkeypatch, capfd
+):
+    own = """calls = []
+def f(logp, null_logp):
+    calls.append(1)
+    spoilt = float("nan") if len(calls) > 4 else 0.0  # from the third step on
+    return logp.sum(1) + logp.new_tensor([0.0, spoilt])
+"""
+    put("spoilt.py", own)()
+    assert run("train", ["--aggregator=spoilt.py:f", "--steps=9", "--keep=9"], monkeypatch) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: step 5") and error.count("\n") == 1
+    assert [line["bad_updates"] for line in read_strictly("new/log.jsonl")] == [0, 0, 1, 1, 1]
+    saved = [load_model(path).state_dict() for path in checkpoints(Path("new"))]
+    assert len(saved) == 4
+    for name, weight in saved[1].items():  # after step 2
+        assert torch.equal(saved[3][name], weight) and not torch.equal(saved[0][name], weight)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_answers_log_prob_that_is_not_finite_is_not_applied(value, world, monkeypatch):
     real, calls = train.score_group, []
@@ -384,6 +405,27 @@ def test_a_text_far_too_long_is_never_tokenized(world, monkeypatch):
 
 def test_an_answer_does_not_move_the_cursor():
     assert printable("a\x1b[2Jb\r\x07\u202e\n\tc é") == "a\\x1b[2Jb\\r\\x07\\u202e\n\tc é"
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+def test_a_terminal_without_letters_beyond_ascii_shows_their_escapes(command, world, monkeypatch):
+    tokenizer = Path("model/tokenizer.json")
+    text = tokenizer.read_text()
+    for letter in "abcdef":
+        text = text.replace(f'"{letter}"', f'"{letter}é"')
+    tokenizer.write_text(text, "utf-8")
+    put("rows.jsonl", '{"question": "aé", "answer": "bé"}\n' * 2)()
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    flags = {"train": ["--out=é"], "sample": ["--question=aé"], "evaluate": []}[command]
+    assert run(command, flags, monkeypatch) == 0
+    assert run(command, [*flags, "--model=é"], monkeypatch) == 2
+    for stream in streams:
+        stream.flush()
+    out, error = (stream.buffer.getvalue().decode("ascii") for stream in streams)
+    assert "error: " in error and "\\xe9" in error
+    assert "\\xe9" in out or command == "evaluate"  # which prints figures alone
 
 
 def test_a_byte_order_mark_is_no_part_of_a_config(world, monkeypatch):
