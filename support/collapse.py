@@ -16,6 +16,7 @@ RUN = 3  # lines
 # What to try where the reward pays for short traces. `evaluate.py --preflight` shows which reward
 # would keep this model thinking.
 OTHER_REWARD = f"another --aggregator ({python()} evaluate.py --preflight compares them)"
+CLIP = "--clip-null"  # nothing pays for stopping then (EXPERIMENTS.md, what helps)
 
 
 def vanishing_trace(line: dict, first: dict) -> float | None:
@@ -46,7 +47,7 @@ def null_drift(line: dict, first: dict) -> float | None:
 
 # The sign, the metric its figure is taken from, and what to try.
 SIGNS = (
-    (vanishing_trace, "trace_len_mean", OTHER_REWARD),
+    (vanishing_trace, "trace_len_mean", f"{CLIP}, or {OTHER_REWARD}"),
     (repeated_trace, "rep_frac", "a lower --lr, a shorter --max-trace"),
     (dead_groups, "zero_std_frac", f"more --traces, or {OTHER_REWARD}"),
     (trace_ignored, "eval_gain - eval_gain_shuffled", OTHER_REWARD),
