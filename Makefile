@@ -33,7 +33,7 @@ test: .venv/ready-to-test
 test-2.11: .torch-2.11/ready
 	PYTHONPATH=$(CURDIR)/.torch-2.11 $(BIN)/python -m pytest
 
-# Kills, hangs and full disks, on whole runs: about ten minutes.
+# Kills, hangs and full disks on whole runs, every kernel compiled, a dry run of bench/gpu_day.py.
 check: .venv/ready-to-test
 	$(BIN)/python -m pytest -m slow
 
