@@ -22,10 +22,12 @@ MAY_IMPORT = {
     "support.chat": "support.errors support.files",
     "support.tokenizer": "support.errors support.files",
     "data": "support.chat support.errors support.files support.tokenizer",
-    "sample": "data kernels.logprob model support.errors support.weights",
+    "support.command": "data model support.errors support.weights",
+    "sample": "data kernels.logprob model support.command support.errors",
     "reward": "kernels.logprob model sample",
     "preflight": "aggregate data model reward sample",
-    "evaluate": "data model preflight reward sample support.distributed support.errors",
+    "evaluate": "data model preflight reward sample support.command support.distributed "
+    "support.errors",
     "support.args": "aggregate model support.distributed support.errors support.files "
     "support.weights",
     "support.checkpoint": "data model support.args support.distributed support.errors "
