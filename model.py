@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
@@ -339,6 +338,9 @@ def visible(
         if length == keys:
             return None
         if flash_takes(like, config, keys):
+            # Here, as it imports torch's compiler and Triton: a second, and not before it is used.
+            from torch.nn.attention.bias import causal_lower_right
+
             return causal_lower_right(length, keys)
     decodes = isinstance(start, Tensor) and length == 1 and not torch.is_grad_enabled()
     if decodes and flash_takes(like, config, keys):
@@ -364,7 +366,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
             q, k, v, mask.query_at, mask.keys_at, 1, keys, 0.0, False, False, seqused_k=mask.count
         )
         return out[0][:, :, None]
-    if mask is None or isinstance(mask, CausalBias):
+    if mask is None or mask.dtype != torch.bool:  # CausalBias
         triangle = mask is None and length > 1
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=heads != kv_heads

@@ -1,6 +1,8 @@
 """The house: imports run one way, in the order of the data, and files stay readable."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -97,3 +99,10 @@ def test_the_table_has_no_circle():
 def test_only_the_distributed_files_know_of_ranks_and_sharded_tensors():
     for module in set(MAY_IMPORT) - set(OF_RANKS):
         assert not any(name.startswith("torch.distributed") for name in imports(module)), module
+
+
+def test_the_commands_start_without_triton():
+    """It is imported only when used: by the kernels, and with torch's compiler."""
+    command = "import sys, evaluate, train; print('triton' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True)
+    assert printed.stdout.strip() == b"False"

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.attention import bias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -259,12 +258,15 @@ def kernels(model: Transformer, run: Callable[[], object]) -> list[str]:
 @pytest.mark.parametrize("window, masked", [(None, False), (14, False), (13, True)])
 def test_branches_run_in_flash_attention_without_a_mask(window, masked, flash, monkeypatch):
     """On tensors without memory, which choose as a GPU's do."""
+    from torch.nn.attention import bias  # imports Triton: after test_logprob.py chose how
+
+    make = bias.causal_lower_right
 
     def made_outside_of_watch(*size: int) -> Tensor:  # the class cannot be made within a mode
         with _disable_current_modes():
-            return bias.causal_lower_right(*size)
+            return make(*size)
 
-    monkeypatch.setattr("model.causal_lower_right", made_outside_of_watch)
+    monkeypatch.setattr(bias, "causal_lower_right", made_outside_of_watch)
     monkeypatch.setattr(bias, "can_use_flash_attention", lambda parameters: True)
     model = tiny.model(head_dim=8, sliding_window=window, dtype=torch.bfloat16).to("meta")
     prefix = Prefix()
