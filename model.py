@@ -333,17 +333,16 @@ def visible(
         OwnKeys      a decode step, every row at its own position                 } Attention runs
     """
     window, length = config.sliding_window, positions.shape[-1]
-    no_window = window is None or keys <= window
-    if isinstance(start, int) and start + length == keys and no_window:
-        if length == keys:
-            return None
-        if flash_takes(like, config, keys):
-            # Here, as it imports torch's compiler and Triton: a second, and not before it is used.
-            from torch.nn.attention.bias import causal_lower_right
+    up_to_last = isinstance(start, int) and start + length == keys
+    if up_to_last and length == keys and (window is None or keys <= window):
+        return None
+    flash = flash_takes(like, config, keys)
+    if flash and up_to_last:
+        # Here, as it imports torch's compiler and Triton: a second, and not before it is used.
+        from torch.nn.attention.bias import causal_lower_right
 
-            return causal_lower_right(length, keys)
-    decodes = isinstance(start, Tensor) and length == 1 and not torch.is_grad_enabled()
-    if decodes and flash_takes(like, config, keys):
+        return causal_lower_right(length, keys)
+    if flash and isinstance(start, Tensor) and length == 1 and not torch.is_grad_enabled():
         row = torch.arange(len(start) + 1, dtype=torch.int32, device=start.device)
         return OwnKeys(row, row * keys, (start + 1).int())
     query = positions.view(-1, 1, length, 1)  # [B or 1, 1, L, 1]

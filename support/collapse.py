@@ -2,7 +2,8 @@
 
     vanishing_trace  traces are down to a token or two; the marker alone is one
     repeated_trace   traces repeat themselves
-    dead_groups      the K rewards of a question are equal, though thinking gains nothing
+    dead_groups      the K rewards of a question are equal, though thinking gains nothing; at first
+                     no fault with --clip-null: traces are worse than none
     trace_ignored    the answer is as likely after another question's trace
     null_drift       the null think has unlearnt the answer; weights made of n_i have all grown
 
@@ -14,9 +15,8 @@ from support.errors import python
 
 RUN = 3  # lines
 # What to try where the reward pays for short traces. `evaluate.py --preflight` shows which reward
-# would keep this model thinking.
+# would keep this model thinking; with --clip-null none pays for stopping (EXPERIMENTS.md).
 OTHER_REWARD = f"another --aggregator ({python()} evaluate.py --preflight compares them)"
-CLIP = "--clip-null"  # nothing pays for stopping then (EXPERIMENTS.md, what helps)
 
 
 def vanishing_trace(line: dict, first: dict) -> float | None:
@@ -47,7 +47,7 @@ def null_drift(line: dict, first: dict) -> float | None:
 
 # The sign, the metric its figure is taken from, and what to try.
 SIGNS = (
-    (vanishing_trace, "trace_len_mean", f"{CLIP}, or {OTHER_REWARD}"),
+    (vanishing_trace, "trace_len_mean", f"--clip-null, or {OTHER_REWARD}"),
     (repeated_trace, "rep_frac", "a lower --lr, a shorter --max-trace"),
     (dead_groups, "zero_std_frac", f"more --traces, or {OTHER_REWARD}"),
     (trace_ignored, "eval_gain - eval_gain_shuffled", OTHER_REWARD),
