@@ -47,6 +47,10 @@ MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
 # issued, so it is rare there, and ended rows decode up to 15 tokens in vain. Elsewhere 1: free.
 FINISH_EVERY = {"cuda": 16}
+# On a GPU, decode from a CUDA graph: one launch for the hundreds of kernels of a forward pass. In a
+# small model they take longer to launch than to run. Off, as it has not been measured.
+CUDA_GRAPH = False
+RECORD_AFTER = 16  # decode steps of a batch as it is: recording one that soon shrinks would not pay
 CHUNK = 256  # tokens of the vocabulary whose probabilities `draw` sums first
 
 
@@ -250,7 +254,8 @@ class DecodeBatch:
 
     The model continues it like any `past` (model.py), by `append` and `length`. The cache has its
     final size from the start, so a token is written in place and nothing is copied. What changes
-    with every token is a tensor on the model's device, so `draw` and `feed` never wait for a GPU.
+    with every token is a tensor on the model's device, so `draw` and `feed` never wait for a GPU,
+    and it is written in place, so that a CUDA graph of `forward` finds it.
     """
 
     def __init__(self, config: Config, rows: int, capacity: int, max_new: int, like: Tensor):
@@ -266,6 +271,7 @@ class DecodeBatch:
         else:
             self.kv = new(layers, 2, rows, heads, capacity, size, dtype=like.dtype).transpose(3, 4)
         self.hidden = new(rows, config.hidden_size, dtype=like.dtype)  # predicts the next token
+        self.token = new(rows)  # the one that is fed
         self.row = torch.arange(rows, device=like.device)  # 0, 1, 2, ... to index the others by row
         self.length = new(rows)  # tokens in the KV cache, the prompt's included
         self.live = new(rows, dtype=torch.bool)  # the row's trace has not ended
@@ -278,6 +284,8 @@ class DecodeBatch:
         # In Python, known without asking the device:
         self.number: list[int | None] = [None] * rows  # of the row's trace; None: the row is idle
         self.length_bound = [0] * rows  # `length`; too high where the trace has ended
+        self.graph: torch.cuda.CUDAGraph | None = None  # of `forward`, with this number of rows
+        self.steps = 0  # with this number of rows
 
     def admit(self, starts: Iterator[Start]) -> None:
         """Every idle row begins the next trace, as long as there are any."""
@@ -307,9 +315,23 @@ class DecodeBatch:
 
     def feed(self, model: Transformer, token: Tensor) -> None:
         """The model reads token [rows]; `hidden` then predicts the tokens after it."""
-        self.hidden = model(token[:, None], self)[:, 0]
-        self.length += self.live  # where a trace has ended, the next token overwrites this one
+        self.token.copy_(token)
+        if self.graph is None:
+            self.forward(model)
+        else:
+            self.graph.replay()
         self.length_bound = [bound + 1 for bound in self.length_bound]
+        self.steps += 1
+        if CUDA_GRAPH and self.flash and self.steps == RECORD_AFTER:
+            self.graph = torch.cuda.CUDAGraph()
+            # This computes nothing. "thread_local": NCCL's thread may go on asking the GPU.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.forward(model)
+
+    def forward(self, model: Transformer) -> None:
+        """One forward pass over `token`. In a CUDA graph: every step uses the same memory."""
+        self.hidden.copy_(model(self.token[:, None], self)[:, 0])
+        self.length += self.live  # where a trace has ended, the next token overwrites this one
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a token per row, k and v [rows, Hkv, 1, D], at the row's own position.
@@ -347,12 +369,14 @@ class DecodeBatch:
             return
         self.number = [self.number[row] for row in busy]
         self.length_bound = [self.length_bound[row] for row in busy]
+        self.graph = None
+        self.steps = 0
         keep = torch.tensor(busy, device=self.row.device)
         self.row = self.row[: len(busy)]
         for kv in self.kv:  # in place, and layer by layer: a copy of all might not fit in memory
             kv[:, : len(busy)] = kv[:, keep]
         self.kv = self.kv[:, :, : len(busy)]
-        for name in ("hidden", "length", "live", "drawn", "uniforms", "ids", "logp"):
+        for name in ("hidden", "token", "length", "live", "drawn", "uniforms", "ids", "logp"):
             setattr(self, name, getattr(self, name)[keep])
 
 

@@ -88,7 +88,10 @@ SIZES = {
     "question": ("--questions 1 --prompt 500 --new 128", STEP),
     "resumed": ("--questions 4 --traces 4 --new 16", STEP),
     "lengths": ("--prompt 512 --new 128 --rounds 2", f"{STEP} --rounds 1"),
-    "rows": ("--rows 1 64 256 --rounds 2", "--rows 1 2 --new 4 --rounds 1 --dtype float32"),
+    "rows": (
+        "--cuda-graph --rows 1 64 256 --new 256 --rounds 2",
+        "--rows 1 2 --new 4 --rounds 1 --dtype float32",
+    ),
     "logprob_tests": ("", "-k gpu"),
     "cuda_tests": ("tests -k 'cuda or gpu' --ignore tests/test_logprob.py", "tests/test_house.py"),
     "variants": ("--variants", HEAD_ONCE),
@@ -107,7 +110,7 @@ SHOWN = {
     "train_first_s train_second_s",
     "bench/probes.py profile": "rows part calls ms kernel",
     "bench/probes.py resume": "steps bit_equal first largest bound",
-    "bench/sample.py": "rows rows tokens_per_s step_ms bandwidth_share matmul_share",
+    "bench/sample.py": "rows rows cuda_graph tokens_per_s step_ms bandwidth_share matmul_share",
     "bench/step.py": "total_s sample_s score_update_s peak_mb ratios transformers dense",
     "bench/logprob.py": "rows n v name mode ms of_mm peak_mb logp_error note",
 }

@@ -2,6 +2,7 @@
 
     python bench/sample.py --model DIR                   1, 8, 64 and 256 rows
     python bench/sample.py --model DIR --rows 512 1024   other numbers of rows
+    python bench/sample.py --model DIR --cuda-graph      without and with CUDA graphs, in turns
     --json: one JSON object as the last line; --save: bench/results/sample-<device>-<date>...json
 
 R rows decode together from one prompt. A call that draws n tokens per row makes one prefill and
@@ -33,6 +34,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder: `sample` is the sampler, not this file
+import sample  # noqa: E402
 from bench.machine import (  # noqa: E402
     check_device,
     check_least,
@@ -45,7 +47,6 @@ from bench.machine import (  # noqa: E402
     say,
 )
 from model import Transformer  # noqa: E402
-from sample import sample_traces  # noqa: E402
 from support.errors import InputError, OneLineParser, exit_on_bad_input  # noqa: E402
 from support.weights import load_model  # noqa: E402
 
@@ -97,36 +98,39 @@ def measure(model: Transformer, flags: argparse.Namespace, limits: dict[str, flo
     """The figures of each number of rows; in every round all of them are timed once."""
     generator = torch.Generator().manual_seed(flags.seed)
     prompt = random_ids(flags.prompt, model.config.vocab_size, generator)
-    first = {rows: [] for rows in flags.rows}  # seconds of drawing 1 token per row
-    whole = {rows: [] for rows in flags.rows}  # seconds of drawing n
+    graphs = (False, True) if flags.cuda_graph else (False,)
+    cases = [(rows, graph) for rows in flags.rows for graph in graphs]
+    first = {case: [] for case in cases}  # seconds of drawing 1 token per row
+    whole = {case: [] for case in cases}  # seconds of drawing n
     too_large = set()
 
     def sampling(rows: int, new: int) -> float:
-        return seconds(lambda: sample_traces(model, [prompt], rows, new, seed=flags.seed))
+        return seconds(lambda: sample.sample_traces(model, [prompt], rows, new, seed=flags.seed))
 
     for round_ in range(flags.rounds + 1):
         say(f"round {round_} of {flags.rounds}" if round_ else "warm-up")
-        for rows in flags.rows:
-            if rows in too_large:
+        for case in cases:
+            if case in too_large:
                 continue
+            rows, sample.CUDA_GRAPH = case
             try:
-                first[rows].append(sampling(rows, 1))
-                whole[rows].append(sampling(rows, flags.new))
+                first[case].append(sampling(rows, 1))
+                whole[case].append(sampling(rows, flags.new))
             except torch.OutOfMemoryError:
-                too_large.add(rows)
+                too_large.add(case)
 
     results = []
-    for rows in flags.rows:
-        if rows in too_large:
-            results.append({"rows": rows, "note": "out of memory"})
+    for rows, graph in cases:
+        row = {"rows": rows, "cuda_graph": graph}
+        if (rows, graph) in too_large:
+            results.append(row | {"note": "out of memory"})
             continue
-        prompt_s = statistics.median(first[rows][1:])  # without the warm-up
-        whole_s = statistics.median(whole[rows][1:])
+        prompt_s = statistics.median(first[rows, graph][1:])  # without the warm-up
+        whole_s = statistics.median(whole[rows, graph][1:])
         # On a busy machine the difference of two times can be negative.
         step_s = max((whole_s - prompt_s) / (flags.new - 1), 1e-9)
         needed_bytes, needed_flops = needs(model, rows, flags.prompt + flags.new / 2)
         figures = {
-            "rows": rows,
             "tokens_per_s": rows / step_s,
             "tokens_per_s_with_prompt": rows * flags.new / whole_s,
             "step_ms": 1e3 * step_s,
@@ -136,7 +140,7 @@ def measure(model: Transformer, flags: argparse.Namespace, limits: dict[str, flo
             "bandwidth_share": needed_bytes / step_s / limits["bandwidth"],
             "matmul_share": needed_flops / step_s / limits["matmul"],
         }
-        results.append(figures)
+        results.append(row | figures)
     return results
 
 
@@ -154,13 +158,13 @@ COLUMNS = {  # of the table: key -> title, digits, factor
 
 
 def print_table(results: list[dict]) -> None:
-    print("  rows" + "".join(f"{title:>14s}" for title, _, _ in COLUMNS.values()))
+    print("  rows  CUDA graph" + "".join(f"{title:>14s}" for title, _, _ in COLUMNS.values()))
     for row in results:
         cells = [f"  {row['note']}"] if "note" in row else []
         for key, (_, digits, factor) in COLUMNS.items():
             if key in row:
                 cells.append(f"{factor * row[key]:14.{digits}f}")
-        print(f"{row['rows']:6d}" + "".join(cells))
+        print(f"{row['rows']:6d}{'yes' if row['cuda_graph'] else 'no':>12s}" + "".join(cells))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -175,6 +179,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--new", type=int, default=64, help="n, tokens drawn per row (64)")
     add("--dtype", choices=dtypes, default="bfloat16", help="of weights and KV cache (bfloat16)")
     add("--device", choices=devices, default="auto", help="auto = cuda if there is one, else cpu")
+    add("--cuda-graph", action="store_true", help="each with CUDA graphs too (needs a GPU)")
     add("--rounds", type=int, default=3, help="timed runs of each (3)")
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -194,6 +199,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     flags = parse(sys.argv[1:])
+    if flags.cuda_graph and flags.device == "cpu":
+        raise InputError("--cuda-graph: there are none on a CPU")
     result = circumstances(flags.device)
     dtype = getattr(torch, flags.dtype)
     model = load_model(flags.model, dtype, flags.device)

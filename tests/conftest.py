@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from test_sample import letters
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 import model
 import train
@@ -50,6 +49,7 @@ def world(made, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@torch.library.custom_op("tests::flash_attention_forward", mutates_args=())
 def flash_attention_forward(
     query: Tensor,
     key: Tensor,
@@ -61,28 +61,26 @@ def flash_attention_forward(
     dropout_p: float,
     is_causal: bool,
     return_debug_mask: bool,
-    *,
     seqused_k: Tensor,
 ) -> list[Tensor]:
     """aten::_flash_attention_forward for decode steps, by its definition, one row after another.
 
     It reads the first seqused_k keys of a row and no others, and refuses what CUDA's refuses.
     """
-    with _disable_current_modes():  # one operation to those who count them
-        rows = len(seqused_k)
-        for tensor in (cum_seq_q, cum_seq_k, seqused_k):
-            assert tensor.dtype == torch.int32 and tensor.is_contiguous()
-        assert cum_seq_q.tolist() == list(range(rows + 1)) and max_q == 1
-        assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (query, key, value))
-        assert query.shape[2] % 8 == 0 and dropout_p == 0.0 and not return_debug_mask
-        out = torch.empty_like(query)  # [rows, Hq, D]
-        for row, used in enumerate(seqused_k.tolist()):
-            first, end = cum_seq_k[row : row + 2].tolist()
-            assert 0 < used <= end - first <= max_k
-            q = query[row, None, :, None]  # [1, Hq, 1, D]
-            k, v = (x[None, first : first + used].transpose(1, 2) for x in (key, value))
-            seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-            out[row] = seen[0, :, 0]
+    rows = len(seqused_k)
+    for tensor in (cum_seq_q, cum_seq_k, seqused_k):
+        assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+    assert cum_seq_q.tolist() == list(range(rows + 1)) and max_q == 1
+    assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (query, key, value))
+    assert query.shape[2] % 8 == 0 and dropout_p == 0.0 and not return_debug_mask
+    out = torch.empty_like(query)  # [rows, Hq, D]
+    for row, used in enumerate(seqused_k.tolist()):
+        first, end = cum_seq_k[row : row + 2].tolist()
+        assert 0 < used <= end - first <= max_k
+        q = query[row, None, :, None]  # [1, Hq, 1, D]
+        k, v = (x[None, first : first + used].transpose(1, 2) for x in (key, value))
+        seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        out[row] = seen[0, :, 0]
     return [out]
 
 

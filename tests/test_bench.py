@@ -201,9 +201,9 @@ def test_sample_prints_its_figures(directory):
     head = {"bandwidth_gb_s", "matmul_tflop_s", "device", "date", "versions", "threads", "command"}
     assert head <= result.keys()
     assert [row["rows"] for row in result["rows"]] == [1, 3]
-    figures = {"rows", *bench_sample.COLUMNS}
     for row in result["rows"]:
-        assert row.keys() == figures and all(value > 0 for value in row.values())
+        assert row.keys() == {"rows", "cuda_graph", *bench_sample.COLUMNS}
+        assert not row["cuda_graph"] and all(row[key] > 0 for key in bench_sample.COLUMNS)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -332,6 +332,7 @@ def test_the_dry_run_of_all_days_leaves_no_section_out(tmp_path):
         (bench_sample, ["--rows", "8", "0"], "--rows 0"),
         (bench_sample, ["--rows", "8", "8"], "--rows 8 8"),
         (bench_sample, ["--new", "1"], "--new 1"),
+        (bench_sample, ["--device", "cpu", "--cuda-graph"], "--cuda-graph"),
         (bench_make_model, ["--out", "made"], "--shape"),
         (bench_make_model, ["--shape", "tiny", "--out", "made", "--layers", "-1"], "--layers -1"),
         (bench_memory, ["--ranks", "2", "0"], "--ranks 0"),
