@@ -1,10 +1,13 @@
 """Scores from one prefill, against one full row per trace and a full log-softmax, in float64."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
+from test_sample import Operations
 from torch import Tensor
 
 import reward
@@ -35,11 +38,13 @@ MODELS = {
 }
 
 
-def tiny(kind: str = "grouped-query, tied", dtype: torch.dtype = torch.float64) -> Transformer:
+def tiny(
+    kind: str = "grouped-query, tied", dtype: torch.dtype = torch.float64, layers: int = 2
+) -> Transformer:
     """A random model whose attention and output distributions are far from uniform."""
     torch.manual_seed(0)
     shape = (
-        dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+        dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=layers)
         | MODELS[kind]
     )
     model = Transformer(Config(**shape)).to(torch.float64)
@@ -527,3 +532,21 @@ def test_equal_traces_get_equal_scores_to_the_bit_and_their_gradients_add_up():
     for trace in traces:
         score(model, PROMPT, [trace], ANSWER, MARKER).answer_logp.sum().backward()
     torch.testing.assert_close(together, model.lm_head.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_training_a_question_launches_150_kernels_a_layer(monkeypatch):
+    """Of prompt and branches, forward and backward: a short question waits for them."""
+    # CUDA normalises in one kernel, and its backward takes two; a product and its backward as many.
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
+    counts = []
+    for layers in (1, 2):
+        model = tiny(dtype=torch.float32, layers=layers)
+        with Operations() as operations:
+            prompt = prefill(model, [PROMPT])
+            leaves = prompt_leaves(prompt)
+            scores = score(model, leaves, TRACES, ANSWER, MARKER)
+            (scores.trace_logp.sum() + scores.answer_logp.sum()).backward()
+            prompt_backward(prompt, leaves)
+        counts.append(Counter(name for name, _ in operations.seen))
+    layer = counts[1] - counts[0]
+    assert layer.total() == 150, layer
