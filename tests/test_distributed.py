@@ -265,6 +265,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_picks_up_by_itself(alon
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find torchrun's children")
 def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(alone, tmp_path):
     nodes = two_nodes(
