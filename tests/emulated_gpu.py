@@ -1,10 +1,9 @@
-"""Runs commands on a GPU that is not there: tensors that say they are on cuda:0, held by the CPU.
+"""Runs commands on a GPU. If there is none: on tensors that say they are on cuda:0, and are not.
 
     python tests/emulated_gpu.py "train.py --device cuda:0 ..." "sample.py --device cuda:0 ..."
 
-What CUDA refuses is refused: an operation on tensors of both devices, numbers of a GPU's tensor in
-numpy. FlashAttention is chosen as on a GPU (conftest.py); Triton's kernels are not, as on one older
-than Ampere: they would read the GPU's memory.
+An operation on tensors of both devices is refused, as by CUDA. FlashAttention is chosen as on a GPU
+(conftest.py); Triton's kernels are not, as on one older than Ampere: they would read its memory.
 """
 
 import runpy
@@ -108,6 +107,8 @@ def names_gpu(x: object) -> bool:
 
 
 def main() -> None:
+    if torch.cuda.is_available():
+        return run_commands(sys.argv[1:])
     # Before any backward pass: autograd counts the devices once.
     _setup_privateuseone_for_python_backend("emulated")
     torch.emulated.is_available = lambda: False  # or torch.distributed.checkpoint wants its streams
