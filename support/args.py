@@ -126,7 +126,11 @@ class Args:
         "of the computation; parameters, gradients and optimizer stay fp32",
         ["float32", "bfloat16"],
     )
-    device: str = arg("auto", "auto = cuda if there is one, else cpu")
+    device: str = arg(
+        "auto",
+        "auto = cuda if there is one, else cpu; CUDA_VISIBLE_DEVICES=1 takes the second GPU",
+        ["auto", "cpu", "cuda"],
+    )
     micro_traces: int = arg(
         0, "traces per backward, 0 = all; fewer = less memory, one more forward, same gradient"
     )

@@ -1,6 +1,6 @@
 """Runs commands on a GPU. If there is none: on tensors that say they are on cuda:0, and are not.
 
-    python tests/emulated_gpu.py "train.py --device cuda:0 ..." "sample.py --device cuda:0 ..."
+    python tests/emulated_gpu.py "train.py --device cuda ..." "sample.py --device cuda ..."
 
 An operation on tensors of both devices is refused, as by CUDA. FlashAttention is chosen as on a GPU
 (conftest.py); Triton's kernels are not, as on one older than Ampere: they would read its memory.
@@ -18,6 +18,7 @@ import torch
 from conftest import flash_attention_forward
 from torch import Tensor
 from torch.nn.attention import bias
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -71,6 +72,16 @@ class EmulatedGPU(TorchDispatchMode):
         return compute(operation, args, kwargs or {})
 
 
+class CurrentGPU(TorchFunctionMode):
+    """ "cuda" means cuda:0. A build without CUDA cannot ask which GPU is the current one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("device") == "cuda":
+            kwargs = kwargs | {"device": "cuda:0"}
+        return function(*args, **kwargs)
+
+
 def compute(operation: Callable, args: tuple, kwargs: dict) -> object:
     """The operation on what its tensors hold. Its results are on the GPU as they would be."""
     if operation is aten._fused_sdp_choice.default:
@@ -119,7 +130,7 @@ def main() -> None:
     model.can_use_flash_attention = lambda parameters: parameters.query.element_size() == 2
     aten._flash_attention_forward = flash_attention_forward
     bias.causal_lower_right = _disable_current_modes()(bias.causal_lower_right)
-    with EmulatedGPU():
+    with CurrentGPU(), EmulatedGPU():
         run_commands(sys.argv[1:])
 
 

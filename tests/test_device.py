@@ -80,7 +80,7 @@ def ran(tmp_path_factory) -> dict[str, Path]:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "bf16.py").write_text(BF16)
         (folder / "mixes.py").write_text(MIXES)
-    gpu = [command.replace("DEVICE", "cuda:0") for command in COMMANDS]
+    gpu = [command.replace("DEVICE", "cuda") for command in COMMANDS]
     with open(folders["gpu"] / "out.txt", "w") as out:
         process = subprocess.Popen(
             [sys.executable, f"{ROOT}/tests/emulated_gpu.py", *gpu, "mixes.py"],
