@@ -10,14 +10,18 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch.distributed as dist
 from conftest import flash_attention_forward
 from torch import Tensor
-from torch.nn.attention import bias
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -87,6 +91,8 @@ def compute(operation: Callable, args: tuple, kwargs: dict) -> object:
     if operation is aten._fused_sdp_choice.default:
         return 0  # attention by its definition: products, softmax
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(isinstance(x, DTensor) for x in tensors):
+        return operation(*args, **kwargs)  # comes back with the parts of this rank
     inside = [x for x in tensors if isinstance(x, OnGPU)]
     outside = [x for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
     if inside and outside and operation not in BETWEEN_DEVICES:
@@ -117,9 +123,23 @@ def names_gpu(x: object) -> bool:
     return isinstance(x, torch.device) and x.type in ("cuda", "emulated")
 
 
-def main() -> None:
-    if torch.cuda.is_available():
-        return run_commands(sys.argv[1:])
+class Stream:
+    """A stream or an event of a GPU that has computed all it was given."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def wait(self, *args) -> "Stream":
+        return self
+
+    wait_stream = wait_event = record = record_event = synchronize = wait
+
+
+def emulate() -> None:
+    """Puts the emulated GPU where torch asks for a GPU."""
+    # Here: it imports Triton, which test_logprob.py has to import first, for its interpreter.
+    from torch.nn.attention import bias
+
     # Before any backward pass: autograd counts the devices once.
     _setup_privateuseone_for_python_backend("emulated")
     torch.emulated.is_available = lambda: False  # or torch.distributed.checkpoint wants its streams
@@ -127,9 +147,22 @@ def main() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.mem_get_info = lambda device: (10**9, 10**9)
     torch.cuda.get_device_capability = lambda device: (7, 5)
+    # Attention
     model.can_use_flash_attention = lambda parameters: parameters.query.element_size() == 2
     aten._flash_attention_forward = flash_attention_forward
     bias.causal_lower_right = _disable_current_modes()(bias.causal_lower_right)
+    # FSDP2 in one process
+    dist.init_process_group = partial(dist.init_process_group, "cpu:gloo,cuda:gloo")
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.Stream = torch.cuda.Event = torch.cuda.current_stream = Stream
+    torch.cuda.stream = nullcontext
+    _fsdp_param.alloc_storage = _fsdp_param.free_storage = lambda tensor: None  # it has no storage
+
+
+def main() -> None:
+    if torch.cuda.is_available():
+        return run_commands(sys.argv[1:])
+    emulate()
     with CurrentGPU(), EmulatedGPU():
         run_commands(sys.argv[1:])
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from emulated_gpu import run_commands
-from test_distributed import ENV, ROOT, assert_same_run
+from test_distributed import ENV, ROOT, assert_same_run, read_log, traces
 from test_sample import letters
 
 from support.weights import save_model
@@ -24,36 +24,30 @@ COMMANDS = [
     f"{RUN} --out=run --device=DEVICE",
     f"{ROOT}/train.py --resume --out=run --steps=2",
     f"{RUN} --out=everything --device=DEVICE {EVERYTHING}",
+    f"{RUN} --out=sharded --device=DEVICE --dtype=bfloat16 --null=frozen --marker=new",
+    f"{ROOT}/train.py --resume --out=sharded --steps=2",
     f"{ROOT}/sample.py --model=run/final --question=a --device=DEVICE",
     f"{ROOT}/evaluate.py --model=model --data=rows.jsonl --device=DEVICE --max-trace=20 "
     "--limit=2 --samples=2 --predictions=predictions.jsonl",
     f"{ROOT}/evaluate.py --model=model --data=rows.jsonl --device=DEVICE --max-trace=20 "
     "--limit=2 --preflight",
-    "bf16.py DEVICE",
+    "methods.py DEVICE",
 ]
-# Training in bf16 needs a process group, and NCCL in it: here its parts, on a plain model.
-BF16 = """
+METHODS = """
 import json
 import sys
 
 import torch
 
 from aggregate import AGGREGATORS, advantages, aggregate
-from reward import score
-from sample import sample_traces
-from support.weights import load_model
 
-model = load_model("model", torch.bfloat16, sys.argv[1])
-sample_traces(model, [[3, 4], [5]], 3, 20, stop_ids=[9], seed=1)
-scores = score(model, [3, 4], [[5, 3], [6, 6, 9]], [5, 1], 9, entropy=True)
-(scores.trace_logp.sum() + scores.answer_logp.sum()).backward()
-norms = {name: p.grad.float().norm().item() for name, p in model.named_parameters()}
-figures = norms | {"answer": scores.answer_logp.tolist(), "trace": scores.trace_logp.tolist()}
+logp = torch.tensor([[-1.0, -0.2], [-0.3, -2.0], [-0.5, -0.5]], device=sys.argv[1])
 torch.manual_seed(0)  # exact_match draws
+figures = {}
 for name in AGGREGATORS:
-    reward, weight = aggregate(name, scores.answer_logp, scores.null_logp)
-    figures[name] = advantages(reward, weight=weight).tolist()
-open("bf16.json", "w").write(json.dumps(figures))
+    reward, weight = aggregate(name, logp, logp.amin(dim=0))
+    figures[name] = torch.cat([advantages(reward, weight=weight), weight.flatten()]).tolist()
+open("methods.json", "w").write(json.dumps(figures))
 """
 MIXES = """
 import torch
@@ -78,7 +72,7 @@ def ran(tmp_path_factory) -> dict[str, Path]:
         save_model(tiny.model(9, torch.float32, head_dim=8, num_hidden_layers=1), folder / "model")
         letters(folder / "words").save(folder / "model")
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "bf16.py").write_text(BF16)
+        (folder / "methods.py").write_text(METHODS)
         (folder / "mixes.py").write_text(MIXES)
     gpu = [command.replace("DEVICE", "cuda") for command in COMMANDS]
     with open(folders["gpu"] / "out.txt", "w") as out:
@@ -119,11 +113,20 @@ def test_a_gpu_answers_and_evaluates_as_a_cpu_does(ran):
             assert one[name] == (pytest.approx(value, rel=1e-5, abs=1e-5) if number else value)
 
 
-def test_in_bf16_a_gpu_has_the_scores_and_gradients_of_a_cpu_up_to_rounding(ran):
-    cpu, gpu = (json.loads((folder / "bf16.json").read_text()) for folder in ran.values())
+def test_in_bf16_a_gpu_trains_like_a_cpu_up_to_rounding(ran):
+    """With FSDP2, in one process."""
+    cpu, gpu = (folder / "sharded" for folder in ran.values())
+    assert traces(cpu) == traces(gpu)
+    for ours, theirs in zip(read_log(cpu), read_log(gpu), strict=True):
+        for name in {"loss", "grad_norm", "reward_mean", "gold_logp_null"} & ours.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=2**-6), (ours["step"], name)
+
+
+def test_every_method_has_the_same_advantages_and_answer_weights_on_a_gpu(ran):
+    cpu, gpu = (json.loads((folder / "methods.json").read_text()) for folder in ran.values())
     assert cpu.keys() == gpu.keys()
     for name in cpu:
-        assert torch.tensor(gpu[name]).allclose(torch.tensor(cpu[name]), rtol=0.03)
+        torch.testing.assert_close(torch.tensor(gpu[name]), torch.tensor(cpu[name]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is emulated")
