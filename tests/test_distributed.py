@@ -127,13 +127,12 @@ SMOOTH = ["--scale=none", "--lr=1e-4"]
     ],
     ids=str,
 )
-def test_more_processes_train_the_same_model_on_the_same_traces(count, flags, alone, tmp_path):
-    single = alone
-    if flags:
-        single = tmp_path / "alone"
-        finish(start(single, *flags))
-    finish(start(tmp_path / "together", *flags, torchrun=processes(count)))
-    assert_same_run(tmp_path / "together", single)
+def test_more_processes_train_the_same_model_on_the_same_traces(count, flags, tmp_path):
+    alone = start(tmp_path / "alone", *flags)
+    together = start(tmp_path / "together", *flags, torchrun=processes(count))
+    finish(alone)
+    finish(together)
+    assert_same_run(tmp_path / "together", tmp_path / "alone")
 
 
 def test_the_sharded_model_has_the_gradients_and_the_traces_of_a_plain_one(tmp_path):
@@ -283,6 +282,7 @@ def test_two_nodes_that_lost_a_rank_restart_together_and_pick_up_by_themselves(a
 
 
 # ---- refusals
+@pytest.mark.slow
 def test_restarts_of_several_nodes_are_refused_where_they_would_wait_for_processes_that_are_gone(
     tmp_path,
 ):
