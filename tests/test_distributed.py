@@ -253,6 +253,7 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
             )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc to find torchrun's children")
 def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_picks_up_by_itself(alone, tmp_path):
     out = tmp_path / "killed"
