@@ -24,7 +24,8 @@ COMMANDS = [
     f"{RUN} --out=run --device=DEVICE",
     f"{ROOT}/train.py --resume --out=run --steps=2",
     f"{RUN} --out=everything --device=DEVICE {EVERYTHING}",
-    f"{RUN} --out=sharded --device=DEVICE --dtype=bfloat16 --null=frozen --marker=new",
+    f"{RUN} --out=sharded --device=DEVICE --dtype=bfloat16 --null=frozen --marker=new "
+    "--activation-checkpointing=selective",
     f"{ROOT}/train.py --resume --out=sharded --steps=2",
     f"{ROOT}/sample.py --model=run/final --question=a --device=DEVICE",
     f"{ROOT}/evaluate.py --model=model --data=rows.jsonl --device=DEVICE --max-trace=20 "
