@@ -26,7 +26,7 @@ report: .venv/ready
 test: .venv/ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same on torch 2.11.0 for CUDA 13.0, whose Triton is 3.6.0: the oldest versions supported, and
 # those of a GPU image. They install without a GPU: 4.7 GB.
