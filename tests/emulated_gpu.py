@@ -77,7 +77,7 @@ class EmulatedGPU(TorchDispatchMode):
 
 
 class CurrentGPU(TorchFunctionMode):
-    """ "cuda" means cuda:0. A build without CUDA cannot ask which GPU is the current one."""
+    """For a build without CUDA, which cannot ask for the current GPU: "cuda" is cuda:0."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
