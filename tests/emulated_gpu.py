@@ -2,8 +2,9 @@
 
     python tests/emulated_gpu.py "train.py --device cuda ..." "sample.py --device cuda ..."
 
-An operation on tensors of both devices is refused, as by CUDA. FlashAttention is chosen as on a GPU
-(conftest.py); Triton's kernels are not, as on one older than Ampere: they would read its memory.
+An operation on tensors of both devices is refused, as by CUDA; an index on the CPU as well, which
+CUDA would copy and wait for. FlashAttention is chosen as on a GPU (conftest.py); Triton's kernels
+are not, as on one older than Ampere: they would read its memory.
 """
 
 import runpy

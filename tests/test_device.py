@@ -131,7 +131,7 @@ def test_every_method_has_the_same_advantages_and_answer_weights_on_a_gpu(ran):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is emulated")
-def test_the_emulated_gpu_refuses_what_cuda_refuses(ran):
+def test_the_emulated_gpu_refuses_tensors_of_both_devices(ran):
     _, *lines = (ran["gpu"] / "out.txt").read_text().partition("refused")
     text = "".join(lines)
     assert text.count("refused") == 4 and "computed" not in text

@@ -297,7 +297,8 @@ FLAGS = {
             for value in values.split()
         ],
         *each("--questions=1000000000000 --traces=1000000000000 --decode-rows=-1 --seed=-1"),
-        *each("--device=tpu --device=cuda:0 --device= --timeout=0 --dtype=int8 --out="),
+        *each("--device=tpu --device=meta --device= --timeout=0 --dtype=int8 --out="),
+        (["--device=cuda:0"], "invalid choice: 'cuda:0'"),  # a GPU is named by CUDA_VISIBLE_DEVICES
         *each("--marker=\udcff --marker=<eos> --prompt-format=\udcff{question}"),
         *each("--no-such-flag=1 --step=3 --steps=many --traces=1 --activation-checkpointing=some"),
         (["--traces=1", "--center=none"], "--scale"),
