@@ -26,154 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-
-from support.chat import make_prompter, own_template, template_of
-from support.errors import InputError, require
-from support.files import is_file, write_json
-from support.tokenizer import (
-    by_first_letter,
-    check_ids,
-    find_eos,
-    is_text,
-    load_tokenizer,
-    read_directory,
-    with_ordinary_token,
-    write_directory,
-)
-
-MARKER = "<|response_start|>"  # the paper's
-PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
-CHAT = "chat"  # the prompt format of the model directory's own chat template
-
-# Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
-RESERVED = ("reserved", "unused", "[control_", "<special_")
-
-
-# ---- tokenizer
-class Tokenizer:
-    """The tokenizer of a Hugging Face directory, with eos, bos, marker and prompt format.
-
-    marker, prompt_format: None means those of the directory's nrt.json, which `save` writes; the
-    paper's if there is none. InputError if tokenizer.json cannot be read or there is no eos.
-
-    Attributes:
-        eos_ids    the tokens that end an answer; gold answers end with the first one
-        prefix     the ids that start every prompt: [bos], or [] for a tokenizer without
-        marker_id  the token that ends a trace
-        cut_ids    tokens that stop sampling a trace without being the marker
-    """
-
-    def __init__(
-        self, path: str | Path, marker: str | None = None, prompt_format: str | None = None
-    ) -> None:
-        self.path = Path(path)
-        # All files are read here: a run may outlive the directory it began from.
-        config, saved, self.files = read_directory(self.path)
-        self.trained_marker: str | None = saved.get("marker")  # None: not trained here
-        self.marker = marker or saved.get("marker") or MARKER
-        self.prompt_format = prompt_format or saved.get("prompt_format") or PROMPT_FORMAT
-        for flag, value in (("marker", self.marker), ("prompt-format", self.prompt_format)):
-            require(is_text(value), f"--{flag} {value!r} is not text (of {self.path}/nrt.json?)")
-        own = own_template(self.path, self.files["tokenizer_config.json"])
-        chosen = prompt_format or saved.get("prompt_format")
-        self.note = ""  # a line to print
-        if own and not chosen:
-            self.note = (
-                f"note: {self.path} has a chat template: --prompt-format chat prompts with it\n"
-            )
-        has_question = "{question}" in self.prompt_format or self.prompt_format == CHAT
-        require(has_question, f"--prompt-format {self.prompt_format!r} lacks {{question}}")
-        self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
-        self.eos_ids = find_eos(self.path, config, self.files, self.model)
-        self.eos: str = self.model.id_to_token(self.eos_ids[0])
-        # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
-        self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
-        self.bos = "".join(self.model.id_to_token(token) for token in self.prefix)
-        self.own_template = own
-        if self.prompt_format == CHAT:
-            self.prompter = make_prompter(own, self.path, self.bos, self.eos)
-
-        # A new marker needs a new row of the embedding. A reserved one has a row that was never
-        # trained, unless nrt.json says that this model was trained with it.
-        rows = config.get("vocab_size") or math.inf  # of the embedding
-        known = self.model.token_to_id(self.marker)
-        self.marker_is_new = known is None or known >= rows
-        unused_name = any(part in self.marker.lower() for part in RESERVED)
-        self.marker_is_reserved = unused_name and self.marker != saved.get("marker")
-        if known is None:
-            token = tokenizers.AddedToken(self.marker, special=False, normalized=False)
-            self.model.add_tokens([token])
-        self.marker_id: int = self.model.token_to_id(self.marker)
-        # Software that drops special tokens from its text could not tell the answer from the trace.
-        self.model = with_ordinary_token(self.model, self.marker_id)
-        require(
-            self.marker_id not in self.eos_ids,
-            f"--marker {self.marker!r} is an eos token of {self.path / 'tokenizer.json'}: "
-            "it cannot start the answer and end it",
-        )
-        # A special token within a trace would start another turn or end the text.
-        added = self.model.get_added_tokens_decoder()
-        special = {token for token, entry in added.items() if entry.special}
-        self.cut_ids = sorted((special | set(self.eos_ids)) - {self.marker_id})
-        if self.marker_is_new:
-            rows = max(rows, self.marker_id + 1)  # the embedding grows
-        check_ids(self.path, self.model, [self.eos_ids[0], *self.prefix], rows)
-        # Special tokens that a text spells out become tokens, as other software has it too.
-        # Tokens without a row are refused (Pairs): of added ones a model may have fewer.
-        self.without_row = {entry.content for token, entry in added.items() if token >= rows}
-        names = {entry.content for token, entry in added.items() if token in special}
-        names |= {self.marker} if self.marker_id in added else set()
-        self.special_names = {name for name in names | self.without_row if name}
-        self.patterns = by_first_letter(self.special_names)
-
-    def prompt_ids(self, turns: list[str]) -> list[int]:
-        """[user, assistant, ..., user] -> the prompt, in the prompt format."""
-        if self.prompt_format == CHAT:
-            return self.encode_prompt(self.prompter(turns).removeprefix(self.bos))
-        return self.encode_prompt(render(turns, self.prompt_format, self.eos))
-
-    def spells_out(self, text: str) -> bool:
-        """Whether the text holds a special token's name: it becomes that token."""
-        found = (letter in text and names.search(text) for letter, names in self.patterns.items())
-        return any(found)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.prefix + self.model.encode(text, add_special_tokens=False).ids
-
-    def encode_answer(self, text: str) -> list[int]:
-        ids = self.model.encode(text, add_special_tokens=False).ids
-        eos = self.eos_ids[0]
-        return ids if ids[-1:] == [eos] else [*ids, eos]  # some data has eos in its text
-
-    def decode(self, ids: list[int], special: bool = False) -> str:
-        """Text for people and for exact match, never for scoring. special: show special tokens."""
-        return self.model.decode(ids, skip_special_tokens=not special)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the tokenizer, the marker among its tokens, into a model directory.
-
-        With it go nrt.json (marker, prompt format), a chat template that makes the prompts that
-        `render` makes, and the other files of the directory that tokenizers and samplers read.
-        """
-        own = {"marker": self.marker, "prompt_format": self.prompt_format}
-        write_directory(Path(path), self.model, self.files, self.chat_template(), self.marker_id)
-        write_json(Path(path) / "nrt.json", own)
-
-    def chat_template(self) -> str:
-        """`encode_prompt(render(...))` as the Jinja template that other software applies."""
-        if self.prompt_format == CHAT:
-            return self.own_template
-        return template_of(self.prompt_format, self.bos, self.eos)
-
-    def same_as(self, other: "Tokenizer") -> bool:
-        """Whether both make the same tokens of every row."""
-        ours, theirs = (
-            (made.model.to_str(), made.eos_ids, made.marker, made.prompt_format)
-            for made in (self, other)
-        )
-        return ours == theirs
-
+from support.errors import InputError, is_file, require
+from support.tokenizer import Tokenizer, is_text
 
 # ---- rows
 MAX_ROW = 2**26  # bytes of a line
@@ -189,6 +43,17 @@ class Example:
     answer: list[int]  # ends with eos
     question: str  # the last question as text, for logs
     gold: str  # the gold answer as text, for logs and exact match
+
+
+@dataclass
+class Trace:
+    """One sampled continuation of a prompt."""
+
+    ids: list[int]  # as sampled; a stop token that ended it comes last
+    logp: list[float]  # log-prob of each id in nats, under the distribution it was drawn from
+    finished: bool  # ended by a stop token; False: by a cut token or at max_new_tokens
+    cut_id: int | None = None  # the cut token that ended it: sampled, but not in ids
+    cut_logp: float = 0.0
 
 
 class Pairs:
@@ -342,18 +207,6 @@ def is_message(message: object) -> bool:
     if not isinstance(message, dict):
         return False
     return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-
-
-def render(turns: list[str], prompt_format: str, eos: str) -> str:
-    """The prompt as text: format(question) answer eos newline, ..., format(last question).
-
-    Conversations are laid out as in Tulu. The tokenizer turns the text of eos into its token, as
-    it does with any special token in a text. str.replace, as questions may contain braces.
-    """
-    text = ""
-    for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
-        text += prompt_format.replace("{question}", question) + answer + eos + "\n"
-    return text + prompt_format.replace("{question}", turns[-1])
 
 
 def first_examples(pairs: Pairs, count: int, fits: Callable[[Example], bool]) -> list[Example]:

@@ -32,12 +32,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Example, Pairs, Tokenizer, first_examples, is_text, stream_seed
+from data import Example, Pairs, first_examples, stream_seed
+from support.tokenizer import Tokenizer, is_text
 from model import Transformer
 from preflight import preflight_table, sample_group_scores
 from reward import score
-from sample import Trace, sample_traces, think_and_answer, trace_ids
-from support.command import model_flags, open_model
+from sample import sample_traces, think_and_answer, trace_ids
+from data import Trace
+from support.args import model_flags, open_model
 from support.distributed import all_shares, copy_token_rows, own_share
 from support.errors import exit_on_bad_input, printable, require
 

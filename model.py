@@ -26,7 +26,7 @@ text models of Qwen2 / 2.5 / 3. support/weights.py reads their Hugging Face dire
 all others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import NamedTuple, Protocol
@@ -160,6 +160,31 @@ class Transformer(nn.Module):
         nothing = self.norm.weight.new_empty(shape)
         keys, _ = past.append(0, nothing, nothing)
         return keys.shape[2]
+
+
+# ---- prefill
+@dataclass
+class Prefill:
+    """B prompts that the model has read: all that their continuations need."""
+
+    past: Prefix  # KV cache, [B, Hkv, P, D] per layer
+    hidden: Tensor  # [B, H] the state at each prompt's last token, which predicts the next one
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Prefill:
+    """One forward pass over B prompts, differentiable when grad is enabled.
+
+    Prompts are padded on the right to the longest, P tokens. Causal attention keeps the padding out
+    of `hidden`; its keys and values lie beyond a prompt's length, where nothing is read.
+    """
+    device = model.lm_head.weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    past = Prefix()
+    hidden = model(torch.tensor(padded, device=device), past)  # [B, P, H]
+    row = torch.arange(len(prompts), device=device)
+    last = torch.tensor(lengths, device=device) - 1
+    return Prefill(past, hidden[row, last])
 
 
 class Block(nn.Module):

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from aggregate import AGGREGATORS, advantages, aggregate, declares, sees_text
-from data import Example, Tokenizer, stream_seed
+from data import Example, stream_seed
+from support.tokenizer import Tokenizer
 from model import Transformer
 from reward import score
 from sample import sample_traces

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from kernels.logprob import linear_logprob
 from model import Prefix, Transformer
-from sample import Prefill, Trace, prefill
+from data import Trace
+from model import Prefill, prefill
 
 
 @dataclass

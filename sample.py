@@ -33,11 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Tokenizer, is_text, stream_seed
+from data import Trace, stream_seed
 from kernels.logprob import bf16_products
-from model import Config, Prefix, Transformer, flash_takes
-from support.command import model_flags, open_model
+from model import Config, Transformer, flash_takes, prefill
+from support.args import model_flags, open_model
 from support.errors import InputError, exit_on_bad_input, printable, require
+from support.tokenizer import Tokenizer, is_text
 
 # Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
 PROMPT_TOKENS = 8192
@@ -52,17 +53,6 @@ FINISH_EVERY = {"cuda": 16}
 CUDA_GRAPH = False
 RECORD_AFTER = 16  # decode steps of a batch as it is: recording one that soon shrinks would not pay
 CHUNK = 256  # tokens of the vocabulary whose probabilities `draw` sums first
-
-
-@dataclass
-class Trace:
-    """One sampled continuation of a prompt."""
-
-    ids: list[int]  # as sampled; a stop token that ended it comes last
-    logp: list[float]  # log-prob of each id in nats, under the distribution it was drawn from
-    finished: bool  # ended by a stop token; False: by a cut token or at max_new_tokens
-    cut_id: int | None = None  # the cut token that ended it: sampled, but not in ids
-    cut_logp: float = 0.0
 
 
 @torch.no_grad()
@@ -165,30 +155,6 @@ def decode(
 
 
 # ---- prefill
-@dataclass
-class Prefill:
-    """B prompts that the model has read: all that their continuations need."""
-
-    past: Prefix  # KV cache, [B, Hkv, P, D] per layer
-    hidden: Tensor  # [B, H] the state at each prompt's last token, which predicts the next one
-
-
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Prefill:
-    """One forward pass over B prompts, differentiable when grad is enabled.
-
-    Prompts are padded on the right to the longest, P tokens. Causal attention keeps the padding out
-    of `hidden`; its keys and values lie beyond a prompt's length, where nothing is read.
-    """
-    device = model.lm_head.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    past = Prefix()
-    hidden = model(torch.tensor(padded, device=device), past)  # [B, P, H]
-    row = torch.arange(len(prompts), device=device)
-    last = torch.tensor(lengths, device=device) - 1
-    return Prefill(past, hidden[row, last])
-
-
 @dataclass
 class Start:
     """What a row needs to begin a trace."""

@@ -49,7 +49,8 @@ import torch
 from torch import Tensor
 
 from aggregate import advantages, aggregate, declares
-from data import Example, Pairs, Tokenizer, first_examples, next_examples, stream_seed
+from data import Example, Pairs, first_examples, next_examples, stream_seed
+from support.tokenizer import Tokenizer
 from evaluate import evaluate
 from model import Config, Transformer
 from reward import (
@@ -60,10 +61,12 @@ from reward import (
     prompt_leaves,
     score,
 )
-from sample import Prefill, Trace, prefill, sample_traces
+from sample import sample_traces
+from data import Trace
+from model import Prefill, prefill
 from support import distributed
 from support.args import Args, check_args, hops_defaults, parse_args
-from support.checkpoint import (
+from support.run import (
     check_run,
     check_same_input,
     is_finished,

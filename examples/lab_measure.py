@@ -17,7 +17,8 @@ from statistics import mean, pstdev
 import torch
 
 from aggregate import aggregate
-from data import Pairs, Tokenizer
+from data import Pairs
+from support.tokenizer import Tokenizer
 from evaluate import greedy_traces
 from examples.hops.make import Task, make_trace
 from preflight import NAMES, Group, preflight, sample_group_scores

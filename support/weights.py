@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model import LLAMA3_ROPE, Config, Transformer
 from support.errors import InputError, require
-from support.files import check_fields, is_file, read_json, write_json
+from support.errors import check_fields, is_file, read_json, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 # Types of tensors that are read, as safetensors names them. No others: integers and booleans are no

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import model
 import train
-from support.checkpoint import LOCKS
+from support.run import LOCKS
 from support.weights import save_model
 
 needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")

@@ -14,7 +14,8 @@ from test_train import MARKER, tiny_model, train_group
 import train
 from data import Example
 from model import KEEP, Transformer
-from sample import Trace, sample_traces
+from sample import sample_traces
+from data import Trace
 from support import distributed
 from support.args import Args
 from support.weights import load_model, save_model

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support.collapse import SIGNS, warnings
+from support.metrics import SIGNS, collapse_warnings as warnings
 from support.metrics import Log, mean_correlation
 
 # A run that learns to think: nothing to warn of.

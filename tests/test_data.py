@@ -11,16 +11,8 @@ import pytest
 import tiny
 import tokenizers
 
-from data import (
-    MARKER,
-    PROMPT_FORMAT,
-    Example,
-    Pairs,
-    Tokenizer,
-    next_examples,
-    row_at,
-    stream_seed,
-)
+from data import Example, Pairs, next_examples, row_at, stream_seed
+from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
 from support.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"

@@ -32,12 +32,12 @@ MAY_IMPORT = {
     "support.errors",
     "support.args": "aggregate model support.distributed support.errors support.files "
     "support.weights",
-    "support.checkpoint": "data model support.args support.distributed support.errors "
+    "support.run": "data model support.args support.distributed support.errors "
     "support.files support.weights",
     "support.collapse": "support.errors",
     "support.metrics": "aggregate data reward sample support.collapse support.distributed "
     "support.errors support.files",
-    "train": "aggregate data evaluate model reward sample support.args support.checkpoint "
+    "train": "aggregate data evaluate model reward sample support.args support.run "
     "support.distributed support.errors support.metrics support.weights",
 }
 # Imports of installed packages, by module; every module may use the standard library.
@@ -46,12 +46,12 @@ PACKAGES = {
     "data": "numpy tokenizers",
     "support.tokenizer": "tokenizers",
     "support.weights": "safetensors torch",
-    "support.checkpoint": "safetensors torch",
+    "support.run": "safetensors torch",
     "support.metrics": "torch",
     "kernels.logprob_triton": "torch triton",
 }
 # The only modules that know ranks, process groups and DTensors.
-OF_RANKS = ("support.distributed", "support.checkpoint")
+OF_RANKS = ("support.distributed", "support.run")
 
 
 def file_of(module: str) -> Path:

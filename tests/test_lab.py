@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import preflight
-from data import Tokenizer
+from support.tokenizer import Tokenizer
 from examples import lab
 from examples import lab_measure as measure
 from examples import lab_report as report
 from examples.hops import make
-from sample import Trace
+from data import Trace
 from support.args import parse_args
 
 

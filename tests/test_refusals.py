@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import sample
 import train
-from support.checkpoint import LOCKS
+from support.run import LOCKS
 from support.errors import exit_on_bad_input
 
 FUZZ = 25  # of each file

@@ -13,7 +13,8 @@ from torch import Tensor
 import reward
 from model import Config, Transformer
 from reward import Scores, micro_batches, prompt_backward, prompt_leaves, prompt_tensors, score
-from sample import Trace, prefill
+from data import Trace
+from model import prefill
 
 EXACT = 1e-12  # relative to the largest element; the rounding of float64 adds up to 1e-14 here
 VOCAB, MARKER = 23, 5

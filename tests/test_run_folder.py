@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import train
-from data import Pairs, Tokenizer
-from support import checkpoint as checkpoint_module
-from support.checkpoint import LOCKS, check_cover, checkpoints, newest_checkpoint
+from data import Pairs
+from support.tokenizer import Tokenizer
+from support import run as checkpoint_module
+from support.run import LOCKS, check_cover, checkpoints, newest_checkpoint
 from support.errors import printable
 from support.weights import load_model, stored_dtypes
 

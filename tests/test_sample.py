@@ -15,20 +15,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample as sample_module
-from data import Tokenizer, stream_seed
+from data import stream_seed
+from support.tokenizer import Tokenizer
 from model import Transformer
 from reward import score
-from sample import (
-    DecodeBatch,
-    Trace,
-    draw,
-    main,
-    prefill,
-    random_numbers,
-    sample_traces,
-    trace_ids,
-    trace_starts,
-)
+from sample import DecodeBatch, draw, main, random_numbers, sample_traces, trace_ids, trace_starts
+from data import Trace
+from model import prefill
 from support.errors import InputError
 from support.weights import load_model, save_model
 

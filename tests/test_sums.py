@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from data import Tokenizer
+from support.tokenizer import Tokenizer
 from examples.hops import make as hops
 from examples.sums.make import SUMS, make_question
 

@@ -41,12 +41,13 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data import Pairs, Tokenizer
+from data import Pairs
+from support.tokenizer import Tokenizer
 from model import Transformer
 from support.args import MOST, Args, check_same_run, saved_args
 from support.distributed import barrier, on_first_rank, rank, whole
 from support.errors import InputError, TrainingError, python, require
-from support.files import is_file, read_json, read_log, write_beside, write_json
+from support.errors import is_file, read_json, read_log, write_beside, write_json
 from support.weights import save_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
