@@ -17,11 +17,11 @@ needs no second formula. A function of your own stays in a file of your own:
 
     python train.py --aggregator my_file.py:hardest_token
 
-One that looks at text as well takes five parameters, and in training gets the question's Example
-(data.py), its K Traces (sample.py) and the Tokenizer:
+One that looks at text as well takes five parameters, and in training gets the question's Example,
+its K Traces (data.py) and the Tokenizer:
 
     def brief(logp, null_logp, example, traces, tokenizer):
-        lengths = torch.tensor([len(trace.ids) for trace in traces]).to(logp)
+        lengths = logp.new_tensor([len(trace.ids) for trace in traces])
         return logp.mean(dim=1).exp() - 0.01 * lengths
 
 What is unusual about a function it declares below itself, as an attribute:
@@ -40,6 +40,7 @@ from collections.abc import Callable
 from functools import cache
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,25 +223,19 @@ def advantages(
 ) -> Tensor:
     """Group-relative advantages of one question's K traces, as in GRPO.
 
-    reward [K] -> advantage [K], detached. center: "mean", "loo" (the mean of the other K - 1) or
-    "none". scale: "std" (unbiased) or "none". weight [K, T]: the exact answer weights of the
-    rewards. ValueError for K = 1 with centring or scaling, and for unknown names.
+    reward [K] -> advantage [K], detached. center: "mean" or "none". scale: "std" (unbiased) or
+    "none". weight [K, T]: the exact answer weights of the rewards. ValueError for K = 1 with
+    centring or scaling, and for unknown names.
 
     Rewards that differ only by rounding count as equal and get exactly 0, unless center and scale
     are both "none". An error of 1e-6 in every log-prob changes a reward by 1e-6 sum_i |w_i|, the
     floor of the std. For `prob` on long answers it lies far below 1e-6, for `log_prob` above.
     Without weights the floor is 1e-6 max(1, max |reward|).
     """
-    if center not in ("mean", "loo", "none") or scale not in ("std", "none"):
-        raise ValueError(
-            f"center is mean, loo or none, scale is std or none: {center!r}, {scale!r}"
-        )
-    traces = reward.shape[0]
-    if traces == 1 and (center, scale) != ("none", "none"):
-        raise ValueError(
-            f"center {center} and scale {scale} need at least 2 traces: the advantage of a single "
-            "one would always be 0 (center none, scale none takes the reward as it is)"
-        )
+    if center not in ("mean", "none") or scale not in ("std", "none"):
+        raise ValueError(f"center is mean or none, scale is std or none: {center!r}, {scale!r}")
+    if reward.shape[0] == 1 and (center, scale) != ("none", "none"):
+        raise ValueError(f"center {center} and scale {scale} need at least 2 traces")
     # fp64, because weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number.
     values = reward.detach().double()
     if center == "none" and scale == "none":
@@ -254,8 +249,31 @@ def advantages(
         return torch.zeros_like(reward)
     if center == "mean":
         values = values - values.mean()
-    elif center == "loo":
-        values = values - (values.sum() - values) / (traces - 1)
     if scale == "std":
         values = values / std
     return values.to(reward.dtype)
+
+
+# ---- all of it for one question
+def credit(
+    logp: Tensor, null_logp: Tensor, args: Any, text: tuple = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What multiplies the log-probs of one question's traces and answer in the loss; no gradient.
+
+    logp [K, T] and null_logp [T] in nats, text: as in `aggregate`. args: the flags --aggregator,
+    --clip-null, --center, --scale, --answer-weight.
+    -> reward [K], advantage [K] of the traces, answer weight omega [K, T].
+    """
+    reward, weight = aggregate(args.aggregator, logp, null_logp, text)
+    if args.clip_null:
+        null_reward, _ = aggregate(args.aggregator, null_logp[None], null_logp)  # [1]
+        weight = weight * (reward > null_reward)[:, None]  # clamped: the derivative is 0
+        reward = (reward - null_reward).clamp(min=0)
+    if args.traces == 0:  # plain SFT: nothing was sampled
+        return reward, torch.zeros_like(reward), torch.ones_like(weight)
+    center = "none" if declares(args.aggregator, "relative") else args.center
+    advantage = advantages(reward, center, args.scale, weight)
+    if args.answer_weight == "exact":
+        return reward, advantage, weight
+    omega = torch.ones_like if args.answer_weight == "fixed" else torch.zeros_like
+    return reward, advantage, omega(weight)

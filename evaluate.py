@@ -2,12 +2,10 @@
 
     eval_accuracy        share of examples whose answer, after a trace, is the gold answer
     eval_accuracy_null   the same after the empty trace (null think): prompt, marker, answer
-    eval_f1              F1 of the answer's words against the gold answer's, mean: a softer score
     eval_gain            log-prob of the gold answer after the trace - after the null think,
                          nats per answer, mean
     eval_gain_shuffled   the same with the trace of the next example: a trace that helps only in
                          general keeps its gain, one about this question loses it
-    eval_gain_half       the same with the first half of the trace
     eval_trace_len       tokens of a trace, a sampled marker included, mean
 
 Trace and answer are decoded greedily, so the figures have no random part. An answer is right if it
@@ -17,50 +15,43 @@ A base without the marker gets it as training does: so it can be scored before a
 
     python evaluate.py --model DIR --data test.jsonl          the figures above
     python evaluate.py ... --predictions FILE --samples 8     and a line per question, as JSON
-    python evaluate.py --model DIR --data d.jsonl --preflight which reward would keep it thinking
-                                                              (preflight.py); for a base as well
     python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
                                                               to each token of the gold answer
 """
 
+import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Example, Pairs, first_examples, stream_seed
-from support.tokenizer import Tokenizer, is_text
+from aggregate import credit
+from data import Example, Pairs, Trace, first_examples, stream_seed
 from model import Transformer
-from preflight import preflight_table, sample_group_scores
 from reward import score
-from sample import sample_traces, think_and_answer, trace_ids
-from data import Trace
-from support.args import model_flags, open_model
-from support.distributed import all_shares, copy_token_rows, own_share
+from sample import sample_groups, sample_thoughts, sample_traces, think_and_answer, trace_ids
+from support.args import Args, model_flags, open_model
+from support.distributed import all_shares, gathered_view, own_share
 from support.errors import exit_on_bad_input, printable, require
+from support.metrics import Log, Outcome
+from support.tokenizer import Tokenizer
 
-MOST_TRACES = 10**8
-FIGURES = ("accuracy", "accuracy_null", "f1", "gain", "gain_shuffled", "gain_half", "trace_len")
+FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "trace_len")
 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    max_trace: int,
-    batch: int = 64,
+    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
 ) -> dict[str, float]:
-    """The figures over `examples`, at least one, `batch` of which are decoded together.
+    """The figures over `examples`, at least one.
 
     Each rank computes its share on a model that is whole; all ranks must call and get the figures
     of all examples.
     """
-    return mean_figures(predict(model, tokenizer, examples, max_trace, batch))
+    return mean_figures(predict(model, tokenizer, examples, max_trace))
 
 
 def mean_figures(rows: list[dict]) -> dict[str, float]:
@@ -71,53 +62,73 @@ def mean_figures(rows: list[dict]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def predict(
+def held_out_figures(
     model: Transformer,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
-    max_trace: int,
-    batch: int = 64,
+    log: Log,
+    args: Args,
+    initial: Transformer | None,
+    step: int,
+) -> dict[str, float]:
+    """The figures during training. Logs K traces of the first example, scored as in training, too:
+    they show how the traces of one question change.
+    """
+    example, marker = examples[0], tokenizer.marker_id
+    with gathered_view(model) as view:
+        figures = evaluate(view, tokenizer, examples, args.max_trace)
+        (traces,) = sample_groups(view, tokenizer, [example], step, args)
+        scores = score(view, example.prompt, traces, example.answer, marker)
+    null_logp = scores.null_logp
+    if args.null == "frozen":
+        null_logp = score(initial, example.prompt, [], example.answer, marker).null_logp
+    torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in train_step
+    text = (example, traces, tokenizer)
+    reward, advantage, _ = credit(scores.answer_logp, null_logp, args, text)
+    outcome = Outcome(example, traces, scores, null_logp, reward, advantage)
+    log.samples(step, tokenizer, outcome, held_out=True)
+    return figures
+
+
+@torch.no_grad()
+def predict(
+    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
 ) -> list[dict]:
     """A row for each example of this rank: question, trace, answer, gold as text, and FIGURES."""
     marker = tokenizer.marker_id
     own = own_share(range(len(examples)))  # indices
     mine = [examples[i] for i in own]
-    traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace, batch))  # of all examples
+    traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace))  # of all examples
+    thoughts = [trace_ids(traces[i], marker) for i in own]
+    answers = sample_answers(model, tokenizer, mine, thoughts)
+    null_answers = sample_answers(model, tokenizer, mine, [[marker]] * len(mine))
     rows = []
-    for start in range(0, len(mine), batch):
-        part = mine[start : start + batch]
-        thoughts = [trace_ids(traces[i], marker) for i in own[start : start + batch]]
-        answers = sample_answers(model, tokenizer, part, thoughts)
-        null_answers = sample_answers(model, tokenizer, part, [[marker] for _ in part])
-        for example, answer, null_answer in zip(part, answers, null_answers, strict=True):
-            text = tokenizer.decode(answer.ids).strip()
-            row = {"question": example.question, "answer": text, "gold": example.gold}
-            row["accuracy"] = is_right(tokenizer, example, answer)
-            row["accuracy_null"] = is_right(tokenizer, example, null_answer)
-            row["f1"] = word_f1(text, example.gold)
-            rows.append(row)
-    for row, i, example in zip(rows, own, mine, strict=True):
-        body = [token for token in traces[i].ids if token != marker]
-        other = traces[(i + 1) % len(traces)]
-        variants = [traces[i], other, body[: len(body) // 2]]
-        scores = score(model, example.prompt, variants, example.answer, marker)
-        gains = scores.answer_logp.sum(dim=1) - scores.null_logp.sum()  # [3]
-        row["gain"], row["gain_shuffled"], row["gain_half"] = gains.tolist()
-        row["trace_len"] = len(traces[i].ids)
-        row["trace"] = tokenizer.decode(traces[i].ids, special=True)
+    for i, example, answer, null_answer in zip(own, mine, answers, null_answers, strict=True):
+        pair = [traces[i], traces[(i + 1) % len(traces)]]
+        scores = score(model, example.prompt, pair, example.answer, marker)
+        gain, shuffled = (scores.answer_logp.sum(dim=1) - scores.null_logp.sum()).tolist()
+        rows.append(
+            {
+                "question": example.question,
+                "answer": tokenizer.decode(answer.ids).strip(),
+                "gold": example.gold,
+                "accuracy": is_right(tokenizer, example, answer),
+                "accuracy_null": is_right(tokenizer, example, null_answer),
+                "gain": gain,
+                "gain_shuffled": shuffled,
+                "trace_len": len(traces[i].ids),
+                "trace": tokenizer.decode(traces[i].ids, special=True),
+            }
+        )
     return rows
 
 
 def greedy_traces(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int, batch: int
+    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
 ) -> list[Trace]:
-    traces = []
-    for start in range(0, len(examples), batch):
-        prompts = [example.prompt for example in examples[start : start + batch]]
-        stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
-        groups = sample_traces(model, prompts, 1, max_trace, 0.0, stop_ids=stop, cut_ids=cut)
-        traces += [trace for (trace,) in groups]
-    return traces
+    prompts = [example.prompt for example in examples]
+    groups = sample_thoughts(model, tokenizer, prompts, 1, max_trace, temperature=0.0)
+    return [trace for (trace,) in groups]
 
 
 def sample_answers(
@@ -150,12 +161,6 @@ def is_right(tokenizer: Tokenizer, example: Example, answer: Trace) -> bool:
     return answer.finished and tokenizer.decode(answer.ids).strip() == gold
 
 
-def word_f1(answer: str, gold: str) -> float:
-    """2 PR / (P + R): the words in common, each as often as in both, over the mean of words."""
-    ours, theirs = Counter(answer.split()), Counter(gold.split())
-    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
-
-
 def sampled_accuracy(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -165,12 +170,11 @@ def sampled_accuracy(
     seed: int = 0,
 ) -> float:
     """Share of right answers among `samples` per example, trace and answer at temperature 1."""
-    marker = tokenizer.marker_id
     prompts = [example.prompt for example in examples]
-    stop, cut = [marker], tokenizer.cut_ids
-    groups = sample_traces(
-        model, prompts, samples, max_trace, stop_ids=stop, cut_ids=cut, seed=stream_seed(seed, 0)
+    groups = sample_thoughts(
+        model, tokenizer, prompts, samples, max_trace, seed=stream_seed(seed, 0)
     )
+    marker = tokenizer.marker_id
     repeated = [example for example in examples for _ in range(samples)]
     contexts = [trace_ids(trace, marker) for traces in groups for trace in traces]
     answers = sample_answers(model, tokenizer, repeated, contexts, 1.0, stream_seed(seed, 1))
@@ -210,71 +214,59 @@ def show_gains(tokenizer: Tokenizer, gold: list[int], gains: Tensor) -> str:
     return " ".join(shown)
 
 
-def main() -> None:
-    parser = model_flags(__doc__)
-    parser.add_argument("--data", help="JSONL file of question-answer pairs to score")
-    parser.add_argument("--limit", type=int, help="pairs of --data, from the top (1000)")
-    parser.add_argument("--question", help="one question instead, together with --gold")
-    parser.add_argument("--gold", help="its gold answer")
-    parser.add_argument("--predictions", type=Path, help="JSONL file to write, a line per pair")
-    parser.add_argument("--samples", type=int, help="answers per question for eval_sampled")
-    parser.add_argument("--preflight", action="store_true", help="compare rewards on 32 questions")
-    parser.add_argument("--traces", type=int, default=8, help="K, traces per question (8)")
-    args = parser.parse_args()
-    one_question = args.question is not None
-    one = one_question != (args.data is not None) and one_question == (args.gold is not None)
-    require(one, "give either --data, or --question and --gold")
-    of_data = args.preflight or args.predictions or args.samples
-    text = "--preflight, --predictions and --samples need --data"
-    require(not (of_data and one_question), text)
-    if args.predictions:
-        folder = args.predictions.parent
-        require(folder.is_dir(), f"--predictions {args.predictions}: there is no folder {folder}")
-    for name, least in (("limit", 1), ("traces", 2), ("samples", 1)):
-        value = getattr(args, name)
-        text = f"--{name} is {value}, it should be {least} to {MOST_TRACES}"
-        require(value is None or least <= value <= MOST_TRACES, text)
-    model, tokenizer = open_model(args, untrained=True)
-    if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
-        copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])  # as training does
-    if one_question:
-        require(is_text(args.gold), "--gold is empty or no text")
-        gold = tokenizer.encode_answer(args.gold)
-        prompt, trace = think_and_answer(model, tokenizer, args, len(gold))
-        print_gain(model, tokenizer, prompt, trace, gold)
-        return
+# ---- the command
+def open_examples(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer
+) -> list[Example]:
+    """The first --limit pairs of --data, without those longer than the model's positions."""
     positions = model.config.max_position_embeddings
     if args.max_trace > positions // 2:
         args.max_trace = positions // 2
         half = f"half of the model's {positions} positions"
         print(f"note: --max-trace {args.max_trace}, {half}", file=sys.stderr)
-    pairs = Pairs(args.data, tokenizer, positions, positions)
-    count = args.limit or (32 if args.preflight else 1000)
 
     def fits(example: Example) -> bool:
         length = len(example.prompt) + args.max_trace + 1 + len(example.answer)
         return bool(example.prompt) and length <= positions
 
-    examples = first_examples(pairs, count, fits)
-    left_out = min(count, len(pairs)) - len(examples)
+    pairs = Pairs(args.data, tokenizer, positions, positions)
+    examples = first_examples(pairs, args.limit, fits)
+    left_out = min(args.limit, len(pairs)) - len(examples)
     if left_out:
         print(f"note: {left_out} rows are left out: longer than the model", file=sys.stderr)
-    if args.preflight:
-        step = len(examples) * args.traces * args.max_trace
-        require(step <= 10 * MOST_TRACES, f"--traces {args.traces}: {step} tokens are too many")
-        groups = sample_group_scores(
-            model, tokenizer, examples, args.traces, args.max_trace, args.seed
-        )
-        print("\n".join(preflight_table(groups)))
+    return examples
+
+
+def main() -> None:
+    parser = model_flags(__doc__)
+    parser.add_argument("--data", help="JSONL file of question-answer pairs to score")
+    parser.add_argument("--limit", type=int, default=1000, help="pairs of --data, from the top")
+    parser.add_argument("--question", help="one question instead, together with --gold")
+    parser.add_argument("--gold", help="its gold answer")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write, a line per pair")
+    parser.add_argument("--samples", type=int, help="answers per question for eval_sampled")
+    args = parser.parse_args()
+    given = [value is not None for value in (args.data, args.question, args.gold)]
+    one = given in ([True, False, False], [False, True, True])
+    require(one, "give either --data, or --question and --gold")
+    folder = args.predictions and args.predictions.parent
+    there = not folder or folder.is_dir()
+    require(there, f"--predictions {args.predictions}: there is no folder {folder}")
+    model, tokenizer = open_model(args, untrained=True)
+    if args.gold:
+        gold = tokenizer.encode_answer(args.gold)
+        prompt, trace = think_and_answer(model, tokenizer, args, len(gold))
+        print_gain(model, tokenizer, prompt, trace, gold)
         return
+    examples = open_examples(args, model, tokenizer)
     rows = predict(model, tokenizer, examples, args.max_trace)
-    for name, value in mean_figures(rows).items():
-        print(f"{name} {value:.4g}")
+    figures = mean_figures(rows)
     if args.samples:
-        share = sampled_accuracy(
+        figures["eval_sampled"] = sampled_accuracy(
             model, tokenizer, examples, args.samples, args.max_trace, args.seed
         )
-        print(f"eval_sampled {share:.4g}")
+    for name, value in figures.items():
+        print(f"{name} {value:.4g}")
     if args.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         args.predictions.write_text("".join(lines), "utf-8")

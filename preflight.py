@@ -1,6 +1,6 @@
 """Which reward would keep this model thinking? An answer before training, from one batch of traces.
 
-    python evaluate.py --model DIR --data pairs.jsonl --preflight
+    python preflight.py --model DIR --data pairs.jsonl
 
 K traces per question are sampled and scored as in training, and the empty trace (null think) joins
 each group. The advantages of an aggregator are those of its first update on such groups:
@@ -34,10 +34,13 @@ from torch import Tensor
 
 from aggregate import AGGREGATORS, advantages, aggregate, declares, sees_text
 from data import Example, stream_seed
-from support.tokenizer import Tokenizer
+from evaluate import open_examples
 from model import Transformer
 from reward import score
-from sample import sample_traces
+from sample import sample_thoughts
+from support.args import model_flags, open_model
+from support.errors import exit_on_bad_input
+from support.tokenizer import Tokenizer
 
 UNCERTAIN = 0.5  # probability of an answer token after the empty trace
 DEAD = 0.9  # share of questions
@@ -79,9 +82,7 @@ def sample_group_scores(
     marker = tokenizer.marker_id
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(seed, 0, example.index) for example in examples]
-    sampled = sample_traces(
-        model, prompts, k, max_trace, stop_ids=[marker], seed=seeds, cut_ids=tokenizer.cut_ids
-    )
+    sampled = sample_thoughts(model, tokenizer, prompts, k, max_trace, seed=seeds)
     groups = []
     for example, traces in zip(examples, sampled, strict=True):
         scores = score(model, example.prompt, traces, example.answer, marker)
@@ -139,3 +140,21 @@ def preflight_table(groups: list[Group]) -> list[str]:
         cells = "".join(f"{rows[name][column]:+9.2f}" for column in columns[:-1])
         lines.append(f"{name:26}{cells}{rows[name]['dead']:9.2f}  {rows[name]['verdict']}")
     return lines
+
+
+def main() -> None:
+    parser = model_flags(__doc__)
+    parser.add_argument("--data", required=True, help="JSONL file of question-answer pairs")
+    parser.add_argument("--limit", type=int, default=32, help="pairs of --data, from the top")
+    parser.add_argument("--traces", type=int, default=8, help="K, traces per question")
+    args = parser.parse_args()
+    model, tokenizer = open_model(args, untrained=True)
+    examples = open_examples(args, model, tokenizer)
+    groups = sample_group_scores(
+        model, tokenizer, examples, args.traces, args.max_trace, args.seed
+    )
+    print("\n".join(preflight_table(groups)))
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)()

@@ -25,10 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.logprob import linear_logprob
-from model import Prefix, Transformer
 from data import Trace
-from model import Prefill, prefill
+from kernels.logprob import linear_logprob
+from model import Prefill, Prefix, Transformer, prefill
 
 
 @dataclass
@@ -56,52 +55,70 @@ def score(
     null: bool = True,
     temperature: float = 1.0,
     entropy: bool = False,
-    micro_traces: int = 0,
 ) -> Scores:
     """Scores of K traces of one question, with the graph when grad is enabled.
 
     prompt: token ids, or their prefill. traces: Traces, or plain id lists for experiments; a trace
     that does not end with the marker gets it forced. null: score the empty trace as well.
     temperature: of the sampling distribution; it applies to trace and marker, the answer is always
-    scored at 1. entropy: compute it as well. micro_traces: most branches in a forward, 0 = any
-    number; no value depends on it. The number of forwards is a function of the number of branches
-    alone: ranks that shard a model must run equally many (support/distributed.py).
+    scored at 1. entropy: compute it as well.
     """
     prompt = prompt if isinstance(prompt, Prefill) else prefill(model, [prompt])
+    device = prompt.hidden.device
     branches = [make_branch(trace, marker) for trace in traces]
     if null:
         branches.append(Branch(body=(), actions=(), finished=False))
-    width = max([1, *(len(branch.actions) for branch in branches)])  # Z
+    rows = sorted(branches, key=lambda branch: -len(branch.body))  # of the forward: longest first
 
-    order, parts = [], []
-    lengths = [len(branch.body) + len(answer) for branch in branches]
-    for indices in micro_batches(lengths, micro_traces):
-        batch = [branches[i] for i in indices]
-        order += batch
-        parts.append(
-            score_branches(model, prompt, batch, answer, marker, temperature, entropy, width)
-        )
+    fed = [[*branch.body, marker, *answer[:-1]] for branch in rows]
+    tokens = pad(fed, max(len(ids) for ids in fed), device)  # [B, L]
+    first = prompt.hidden.expand(len(rows), 1, -1)  # predicts every branch's first token
+    hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
+    # hidden[b, j] predicts the token that follows the first j tokens of branch b.
+    head = model.lm_head.weight  # read after the forward: of a sharded model it is whole only now
+
+    # Policy tokens: all actions of all branches (N in total), then the B markers.
+    width = max([1, *(len(branch.actions) for branch in rows)])  # Z
+    actions = pad([branch.actions for branch in rows], width, device)  # [B, Z]
+    count = torch.tensor([len(branch.actions) for branch in rows], device=device)  # [B]
+    sampled = torch.arange(width, device=device) < count[:, None]  # [B, Z]
+    action_row, action_at = sampled.nonzero().T  # [N]
+    row = torch.arange(len(rows), device=device)  # [B]
+    marker_at = torch.tensor([len(branch.body) for branch in rows], device=device)  # [B]
+    policy_hidden = hidden[torch.cat([action_row, row]), torch.cat([action_at, marker_at])]
+    policy_tokens = torch.cat([actions[action_row, action_at], torch.full_like(row, marker)])
+    result = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
+    policy_logp, entropies = result if entropy else (result, None)  # [N + B] each
+    trace_logp, marker_logp = policy_logp.split([len(action_row), len(rows)])
+
+    # Answer tokens follow the marker; log c is taken at temperature 1.
+    answer_at = marker_at[:, None] + 1 + torch.arange(len(answer), device=device)  # [B, T]
+    answer_hidden = hidden[row[:, None], answer_at].flatten(0, 1)  # [B T, H]
+    answer_tokens = torch.tensor(answer, device=device).repeat(len(rows))
+    answer_logp = linear_logprob(answer_hidden, head, answer_tokens).view(len(rows), -1)  # [B, T]
+
     # Equal traces take the scores of the same row. Late in training many are equal, and their
     # rewards must be equal to the last bit: a difference of rounding would be scaled up to an
     # advantage.
-    row_of = {branch: i for i, branch in enumerate(order)}
-    device = prompt.hidden.device
-    rows = torch.tensor([row_of[branch] for branch in branches], device=device)
-    trace_logp, marker_logp, answer_logp, entropies = (
-        torch.cat(part)[rows] for part in zip(*parts, strict=True)
-    )
+    row_of = {branch: i for i, branch in enumerate(rows)}
+    of_trace = torch.tensor([row_of[branch] for branch in branches], device=device)  # [K (+ 1)]
+    answer_logp = answer_logp[of_trace]
+    of_trace = of_trace[: len(traces)]  # [K]
 
-    k = len(traces)
-    sampled = torch.tensor([len(branch.actions) for branch in branches[:k]], device=device)
-    finished = torch.tensor([branch.finished for branch in branches[:k]], device=device)
+    def spread(values: Tensor) -> Tensor:
+        """values [N] of the actions -> [K, Z], 0 beyond a trace."""
+        padded = values.new_zeros(len(rows), width)
+        return padded.index_put((action_row, action_at), values)[of_trace]
+
+    finished = [branch.finished for branch in branches[: len(traces)]]
     return Scores(
-        trace_logp=trace_logp[:k],
-        trace_mask=torch.arange(width, device=device) < sampled[:, None],
-        finished=finished.bool(),
-        marker_logp=marker_logp[:k],
-        answer_logp=answer_logp[:k],
-        null_logp=answer_logp[k] if null else None,
-        entropy=entropies[:k] if entropy else None,
+        trace_logp=spread(trace_logp),
+        trace_mask=sampled[of_trace],
+        finished=torch.tensor(finished, dtype=torch.bool, device=device),
+        marker_logp=marker_logp[of_trace],
+        answer_logp=answer_logp[: len(traces)],
+        null_logp=answer_logp[-1] if null else None,
+        entropy=spread(entropies[: len(action_row)].detach()) if entropy else None,
     )
 
 
@@ -129,71 +146,25 @@ def make_branch(trace: Trace | Sequence[int], marker: int) -> Branch:
     return Branch(ids, ids + cut, finished=False)
 
 
-def score_branches(
-    model: Transformer,
-    prompt: Prefill,
-    branches: list[Branch],
-    answer: Sequence[int],
-    marker: int,
-    temperature: float,
-    entropy: bool,
-    width: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward over B branches.
-
-    -> log-probs of actions [B, Z], markers [B], answers [B, T]; the actions' entropies [B, Z].
-    """
-    device = prompt.hidden.device
-    fed = [[*branch.body, marker, *answer[:-1]] for branch in branches]
-    tokens = pad(fed, max(len(row) for row in fed), device)  # [B, L]
-    first = prompt.hidden.expand(len(branches), 1, -1)  # predicts every branch's first token
-    hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
-    # hidden[b, j] predicts the token that follows the first j tokens of branch b.
-    head = model.lm_head.weight  # read after the forward: of a sharded model it is whole only now
-
-    # Policy tokens: all actions of all branches (N in total), then the B markers.
-    actions = pad([branch.actions for branch in branches], width, device)  # [B, Z]
-    counts = torch.tensor([len(branch.actions) for branch in branches], device=device)
-    action_row, action_at = (
-        (torch.arange(width, device=device) < counts[:, None]).nonzero().T
-    )  # [N]
-    row = torch.arange(len(branches), device=device)  # [B]
-    marker_at = torch.tensor([len(branch.body) for branch in branches], device=device)  # [B]
-    policy_hidden = hidden[torch.cat([action_row, row]), torch.cat([action_at, marker_at])]
-    policy_tokens = torch.cat([actions[action_row, action_at], torch.full_like(row, marker)])
-    result = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
-    logp, entropies = result if entropy else (result, torch.zeros_like(result))  # [N + B] each
-
-    # Answer tokens follow the marker; log c is taken at temperature 1.
-    answer_at = marker_at[:, None] + 1 + torch.arange(len(answer), device=device)  # [B, T]
-    answer_hidden = hidden[row[:, None], answer_at].flatten(0, 1)  # [B T, H]
-    answer_tokens = torch.tensor(answer, device=device).repeat(len(branches))
-    answer_logp = linear_logprob(answer_hidden, head, answer_tokens).view(len(branches), -1)
-
-    def spread(values: Tensor) -> Tensor:
-        """values [N + B], of which the first N belong to actions -> [B, Z], 0 beyond a trace."""
-        padded = values.new_zeros(len(branches), width)
-        return padded.index_put((action_row, action_at), values[: len(action_row)])
-
-    return spread(logp), logp[len(action_row) :], answer_logp, spread(entropies.detach())
-
-
 def pad(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
     """Token ids padded on the right with 0, [len(rows), width]."""
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
-def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of branches, the longest first, cut into batches of `size` (0: one batch).
+# ---- the backward passes of a prompt whose branches run in micro-batches
+def micro_batches(traces: Sequence[Trace], size: int) -> list[list[int]]:
+    """Indices of the traces: in batches of `size`, the longest first; or all in one batch.
 
-    Neighbours in length share a batch, which keeps padding low.
+    Neighbours in length share a batch, which keeps padding low. The number of batches is a function
+    of the number of traces alone: ranks that shard a model must run equally many forwards.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    size = size or len(lengths)
-    return [longest_first[i : i + size] for i in range(0, len(lengths), size)]
+    indices = list(range(len(traces)))
+    if not 0 < size < len(traces):
+        return [indices]
+    indices.sort(key=lambda i: -len(traces[i].ids))
+    return [indices[i : i + size] for i in range(0, len(traces), size)]
 
 
-# ---- the backward pass of a prompt whose branches ran in micro-batches
 def prompt_leaves(prompt: Prefill) -> Prefill:
     """The same values as leaf tensors, which collect the gradients of any number of backwards."""
     past = Prefix()
@@ -218,6 +189,9 @@ def prompt_tensors(prompt: Prefill) -> list[Tensor]:
 
 
 # ---- importance ratio
+RATIO_RANGE = (0.8, 1.28)  # looser above: unlikely tokens can gain (DAPO)
+
+
 def log_ratio(scores: Scores, traces: Sequence[Trace]) -> Tensor:
     """log pi - log pi_sampler of every sampled token, [K, Z], detached; 0 beyond a trace.
 
@@ -228,3 +202,15 @@ def log_ratio(scores: Scores, traces: Sequence[Trace]) -> Tensor:
         logp = trace.logp if trace.cut_id is None else [*trace.logp, trace.cut_logp]
         row[: len(logp)] = torch.tensor(logp, dtype=recorded.dtype)
     return scores.trace_logp.detach() - recorded.to(scores.trace_logp.device)
+
+
+def truncated_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    """rho [K, Z]: pi / pi_sampler per token, clamped to RATIO_RANGE, a constant (as in CISPO).
+
+    A token whose ratio has left the range in the direction its advantage [K] pushes gets 0 (as in
+    PPO).
+    """
+    low, high = RATIO_RANGE
+    ratio = log_ratio.exp()
+    gone = torch.where(advantage[:, None] > 0, ratio > high, ratio < low)
+    return ratio.clamp(low, high).masked_fill(gone, 0.0)

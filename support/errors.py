@@ -45,7 +45,7 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def refusing(what: object) -> Iterator[None]:
-    """What a library says of bad input becomes an InputError that begins with `what`, a file say."""
+    """What a library says of bad input becomes an InputError that begins with `what` (a file)."""
     try:
         yield
     except InputError:

@@ -10,7 +10,6 @@ in seconds. Means are over traces or questions of the step.
     gold_logp_null    the same after the empty trace, under the current policy
     gain              gold_logp_think - gold_logp_null: how much thinking helps
     gold_ce           cross-entropy per gold token after a trace
-    null_capped       answer tokens whose 1 / n_i was capped (aggregate.MAX_EXPONENT)
     trace_len_mean, trace_len_min, trace_len_max
     len_reward_corr   correlation of trace length and reward within a question, mean over questions
                       whose lengths and rewards both vary; below 0: shorter traces get higher reward
@@ -22,12 +21,15 @@ in seconds. Means are over traces or questions of the step.
     clip_frac         share of trace tokens whose ratio lies outside the truncation range; with one
                       update per step nothing is truncated
     sampler_gap       largest |log pi - log pi_sampler| before the first update: rounding, or a bug
-    trace_loss, answer_loss, marker_loss, null_loss, loss     the terms of the loss, and their sum
+    trace_loss, answer_loss, marker_loss, loss     the terms of the loss, and their sum
     grad_norm         before clipping, mean over the step's updates
     bad_updates       updates whose gradient was not finite; they are not applied
     lr, skipped_long, tokens_per_s, sec_sample, sec_score, sec_update, mem_gb
     eval_...          see evaluate.py
-    warnings          texts: signs of collapse that show for the first time (support/collapse.py)
+    warnings          texts: signs of collapse that show for the first time
+
+A figure of your own is a number put into a question's figures (train.train_step): its mean is
+logged under its name.
 """
 
 import json
@@ -36,55 +38,56 @@ import resource
 import statistics
 import sys
 import time
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aggregate import MAX_EXPONENT
-from data import Example
+from data import Example, Trace
+from reward import RATIO_RANGE, Scores, log_ratio
+from support.errors import TrainingError, python, refusing
 from support.tokenizer import Tokenizer
-from reward import Scores, log_ratio
-from data import Trace
-from support.distributed import rank
-from support.errors import TrainingError, python, read_log
 
 
 # ---- figures
-def question_figures(
-    scores: Scores,
-    traces: list[Trace],
-    ratio_range: tuple[float, float],
-    reward: Tensor,
-    advantage: Tensor,
-    null_logp: Tensor,
-    losses: Tensor,
-) -> dict:
-    """One question's part of the log, by the keys of log.jsonl; a list has one entry per trace.
+@dataclass
+class Outcome:
+    """What training made of one question and its K traces; the log shows it."""
 
-    ratio_range: outside of it a token counts as clipped. reward and advantage [K]; null_logp [T] as
-    the reward used it; losses [4]: trace, answer, marker, null.
+    example: Example
+    traces: list[Trace]
+    scores: Scores
+    null_logp: Tensor  # [T] as the reward used it
+    reward: Tensor  # [K]
+    advantage: Tensor  # [K]
+    losses: Tensor | None = None  # [3] trace, answer and marker term; None if it only was scored
+    score_seconds: float = 0.0  # up to the advantages; the rest is backward
+
+
+def question_figures(outcome: Outcome) -> dict:
+    """One question's part of the log. Names that begin with _ are parts of the figures below, lists
+    of them have one entry per trace. All others are logged as their means.
     """
+    scores, traces = outcome.scores, outcome.traces
     log_ratios = log_ratio(scores, traces)[scores.trace_mask]  # [N], the sampled tokens
-    low, high = ratio_range
+    low, high = RATIO_RANGE
     outside = (log_ratios.exp() < low) | (log_ratios.exp() > high)
     return {
-        "reward": reward.tolist(),
-        "advantage": advantage.tolist(),
-        "gold_logp_think": scores.answer_logp.detach().sum(dim=1).tolist(),
+        "zero_std_frac": not outcome.advantage.any().item(),
         "gold_logp_null": scores.null_logp.sum().item(),
-        "answer_len": scores.answer_logp.shape[1],
-        "null_capped": (-null_logp > MAX_EXPONENT).sum().item(),
-        "trace_len": [len(trace.ids) for trace in traces],
-        "finished": [trace.finished for trace in traces],
-        "entropy_sum": scores.entropy.sum().item(),
-        "distinct": len({tuple(trace.ids) for trace in traces}) / len(traces),
-        "rep": [repeated_4grams(trace.ids) for trace in traces],
-        "ratio_max": log_ratios.max().exp().item() if len(log_ratios) else 1.0,
-        "clipped": outside.sum().item(),
-        "sampler_gap": log_ratios.abs().max().item() if len(log_ratios) else 0.0,
-        "losses": losses.tolist(),
+        "_reward": outcome.reward.tolist(),
+        "_gold_logp_think": scores.answer_logp.detach().sum(dim=1).tolist(),
+        "_answer_len": scores.answer_logp.shape[1],
+        "_trace_len": [len(trace.ids) for trace in traces],
+        "_finished": [trace.finished for trace in traces],
+        "_entropy_sum": scores.entropy.sum().item(),
+        "_distinct": len({tuple(trace.ids) for trace in traces}) / len(traces),
+        "_rep": [repeated_4grams(trace.ids) for trace in traces],
+        "_ratio_max": log_ratios.max().exp().item() if len(log_ratios) else 1.0,
+        "_clipped": outside.sum().item(),
+        "_sampler_gap": log_ratios.abs().max().item() if len(log_ratios) else 0.0,
+        "_losses": outcome.losses.tolist(),
     }
 
 
@@ -97,58 +100,51 @@ def repeated_4grams(ids: list[int]) -> float:
 def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
     """One step's log line, from its questions' figures in the order they were trained on.
 
-    norms: the gradient norm of each update. A number of your own needs no line here: under a name
-    that starts with own_ (figures[-1]["own_size"] = ... in train.py) its mean is logged.
+    norms: the gradient norm of each update.
     """
 
-    def of_traces(name: str) -> list[float]:
-        return [value for question in questions for value in question[name]]
-
-    def of_questions(name: str) -> list[float]:
+    def of_questions(name: str) -> list:
         return [question[name] for question in questions]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
+    def of_traces(name: str) -> list[float]:
+        return [value for values in of_questions(name) for value in values]
 
     updates = len(norms)
-    rewards, lengths = of_traces("reward"), of_traces("trace_len")
+    rewards, lengths = of_traces("_reward"), of_traces("_trace_len")
     trace_tokens = max(1, sum(lengths))
-    think, null = mean(of_traces("gold_logp_think")), mean(of_questions("gold_logp_null"))
-    answer_tokens = sum(question["answer_len"] * len(question["reward"]) for question in questions)
-    losses = [sum(values) / updates for values in zip(*of_questions("losses"), strict=True)]
-    trace_loss, answer_loss, marker_loss, null_loss = losses
+    think = of_traces("_gold_logp_think")
+    answer_tokens = sum(q["_answer_len"] * len(q["_reward"]) for q in questions)
+    losses = [sum(values) / updates for values in zip(*of_questions("_losses"), strict=True)]
     first_update = questions[: len(questions) // updates]
-    own = {name: mean(of_questions(name)) for name in questions[0] if name.startswith("own_")}
-    return own | {
+    means = {name: mean(of_questions(name)) for name in questions[0] if name[0] != "_"}
+    return means | {
         "reward_mean": mean(rewards),
-        "reward_std": mean([std(values) for values in of_questions("reward")]),
+        "reward_std": mean([std(values) for values in of_questions("_reward")]),
         "reward_min": min(rewards),
         "reward_max": max(rewards),
-        "zero_std_frac": mean([not any(values) for values in of_questions("advantage")]),
-        "gold_logp_think": think,
-        "gold_logp_null": null,
-        "gain": think - null,
-        "gold_ce": -sum(of_traces("gold_logp_think")) / answer_tokens,
-        "null_capped": sum(of_questions("null_capped")),
+        "gold_logp_think": mean(think),
+        "gain": mean(think) - means["gold_logp_null"],
+        "gold_ce": -sum(think) / answer_tokens,
         "trace_len_mean": mean(lengths),
         "trace_len_min": min(lengths),
         "trace_len_max": max(lengths),
-        "len_reward_corr": mean_correlation(of_questions("trace_len"), of_questions("reward")),
-        "finished_frac": mean(of_traces("finished")),
-        "entropy": sum(of_questions("entropy_sum")) / trace_tokens,
-        "dup_frac": 1 - mean(of_questions("distinct")),
-        "rep_frac": mean(of_traces("rep")),
-        "ratio_max": max(of_questions("ratio_max")),
-        "clip_frac": sum(of_questions("clipped")) / trace_tokens,
-        "sampler_gap": max(question["sampler_gap"] for question in first_update),
-        "trace_loss": trace_loss,
-        "answer_loss": answer_loss,
-        "marker_loss": marker_loss,
-        "null_loss": null_loss,
-        "loss": trace_loss + answer_loss + marker_loss + null_loss,
+        "len_reward_corr": mean_correlation(of_questions("_trace_len"), of_questions("_reward")),
+        "finished_frac": mean(of_traces("_finished")),
+        "entropy": sum(of_questions("_entropy_sum")) / trace_tokens,
+        "dup_frac": 1 - mean(of_questions("_distinct")),
+        "rep_frac": mean(of_traces("_rep")),
+        "ratio_max": max(of_questions("_ratio_max")),
+        "clip_frac": sum(of_questions("_clipped")) / trace_tokens,
+        "sampler_gap": max(question["_sampler_gap"] for question in first_update),
+        **dict(zip(("trace_loss", "answer_loss", "marker_loss"), losses, strict=True)),
+        "loss": sum(losses),
         "grad_norm": mean(norms),
         "bad_updates": sum(not math.isfinite(norm) for norm in norms),
     }
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def std(values: list[float]) -> float:
@@ -162,32 +158,30 @@ def mean_correlation(xs: list[list[float]], ys: list[list[float]]) -> float:
     for x, y in zip(xs, ys, strict=True):
         if len(set(x)) > 1 and len(set(y)) > 1 and all(map(math.isfinite, y)):
             found.append(statistics.correlation(x, y))
-    return sum(found) / len(found) if found else 0.0
+    return mean(found) if found else 0.0
 
 
-class Clock:
-    """Seconds that a step spends in its parts."""
+def time_figures(
+    questions: list[dict], sample: float, score: float, update: float
+) -> dict[str, float]:
+    """From the seconds of a step's parts. tokens_per_s: trace tokens of all ranks, sampled, scored
+    and trained on, per second.
+    """
+    trace_tokens = sum(sum(question["_trace_len"]) for question in questions)
+    return {
+        "tokens_per_s": trace_tokens / (sample + score + update),
+        "sec_sample": sample,
+        "sec_score": score,
+        "sec_update": update,
+        "mem_gb": peak_memory() / 1e9,
+    }
 
-    def __init__(self) -> None:
-        self.seconds = {"sample": 0.0, "score": 0.0, "update": 0.0}
-        self.last = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """Adds the time since the last lap to `part`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] += now - self.last
-        self.last = now
-
-    def figures(self, questions: list[dict]) -> dict[str, float]:
-        """tokens_per_s: trace tokens of all ranks, sampled, scored and trained on, per second."""
-        trace_tokens = sum(sum(question["trace_len"]) for question in questions)
-        figures = {"tokens_per_s": trace_tokens / sum(self.seconds.values())}
-        for part, seconds in self.seconds.items():
-            figures[f"sec_{part}"] = seconds
-        figures["mem_gb"] = peak_memory() / 1e9
-        return figures
+def now() -> float:
+    """Seconds, once a GPU has computed all that was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory() -> int:
@@ -214,47 +208,36 @@ CONSOLE = {
 
 
 class Log:
-    """log.jsonl, samples.jsonl, the console, and tensorboard where it is installed.
+    """log.jsonl, samples.jsonl and the console."""
 
-    Only the first rank writes and prints.
-    """
+    def __init__(self, out: Path, steps: int, last_step: int, writes: bool = True) -> None:
+        """last_step: of the checkpoint that the run continues from, 0 for a new run.
 
-    def __init__(self, out: Path, steps: int, last_step: int) -> None:
-        """last_step: the step of the checkpoint that the run continues from; 0 for a new run."""
+        writes: False on all ranks but the first.
+        """
         self.out = out
         self.steps = steps
         self.last_step = last_step
+        self.writes = writes
         self.began = time.perf_counter()
-        self.tensorboard = None
-        if rank():
-            return
-        self.history = drop_lines_after(out / "log.jsonl", last_step)
-        drop_lines_after(out / "samples.jsonl", last_step)
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = str(out / "tensorboard")
-            self.tensorboard = SummaryWriter(folder, purge_step=last_step + 1)
+        if writes:
+            self.history = drop_lines_after(out / "log.jsonl", last_step)
+            drop_lines_after(out / "samples.jsonl", last_step)
 
     def print(self, text: str) -> None:
-        if not rank():
+        if self.writes:
             print(text, flush=True)
 
     def write(self, record: dict) -> None:
-        if rank():
+        if not self.writes:
             return
         record = {name: finite(value) for name, value in record.items()}
-        warnings = collapse_warnings(self.history, record)
+        warnings = signs_of_collapse(self.history, record)
         if warnings:
             record["warnings"] = warnings
         self.history.append(record)
         append_line(self.out / "log.jsonl", record)
-        if self.tensorboard:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self.tensorboard.add_scalar(name, value, record["step"])
-            self.tensorboard.flush()
-        print("\n".join([self.console_line(record), *warnings]), flush=True)
+        self.print("\n".join([self.console_line(record), *warnings]))
 
     def console_line(self, record: dict) -> str:
         step = record["step"]
@@ -271,33 +254,24 @@ class Log:
         return "  ".join(parts)
 
     def samples(
-        self,
-        step: int,
-        tokenizer: Tokenizer,
-        example: Example,
-        traces: list[Trace],
-        scores: Scores,
-        null_logp: Tensor,
-        reward: Tensor,
-        advantage: Tensor,
-        held_out: bool = False,
+        self, step: int, tokenizer: Tokenizer, outcome: Outcome, held_out: bool = False
     ) -> None:
         """One question's traces as text, and the log-probs that their rewards were computed from.
 
-        null_logp [T] as the reward used it; reward and advantage [K]. examples/report.py draws it.
+        examples/report.py draws it.
         """
-        if rank():
+        if not self.writes:
             return
-        shown = []
-        for i, trace in enumerate(traces):
+        example, shown = outcome.example, []
+        for i, trace in enumerate(outcome.traces):
             shown.append(
                 {
                     "trace": tokenizer.decode(trace.ids, special=True),
                     "trace_len": len(trace.ids),
                     "finished": trace.finished,
-                    "reward": finite(reward[i].item()),
-                    "advantage": finite(advantage[i].item()),
-                    "logp": rounded(scores.answer_logp[i]),
+                    "reward": finite(outcome.reward[i].item()),
+                    "advantage": finite(outcome.advantage[i].item()),
+                    "logp": rounded(outcome.scores.answer_logp[i]),
                 }
             )
         line = {
@@ -306,7 +280,7 @@ class Log:
             "question": example.question,
             "gold": example.gold,
             "answer": [tokenizer.decode([token], special=True) for token in example.answer],
-            "null_logp": rounded(null_logp),
+            "null_logp": rounded(outcome.null_logp),
             "traces": shown,
         }
         append_line(self.out / "samples.jsonl", line)
@@ -332,79 +306,86 @@ def append_line(file: Path, record: dict) -> None:
 
 def drop_lines_after(file: Path, step: int) -> list[dict]:
     """Removes what an interrupted run logged after its last checkpoint -> the lines that stay."""
-    kept = [line for line in read_log(file) if 0 < step and line["step"] <= step]
+    text = file.read_text("utf-8") if file.exists() and step else ""
+    whole = text[: text.rfind("\n") + 1]  # a kill may have left half of the last line
+    with refusing(file):
+        lines = [json.loads(line) for line in whole.splitlines()]
+        kept = [line for line in lines if line["step"] <= step]
     temporary = file.with_name(file.name + ".tmp")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), "utf-8"
+    )
     temporary.replace(file)
     return kept
 
 
-# ---- signs of collapse
-RUN = 3  # lines
-# What to try where the reward pays for short traces. `evaluate.py --preflight` shows which reward
-# would keep this model thinking; with --clip-null none pays for stopping (EXPERIMENTS.md).
-OTHER_REWARD = f"another --aggregator ({python()} evaluate.py --preflight compares them)"
-
-
-def vanishing_trace(line: dict, first: dict) -> float | None:
-    """-> the figure to show where the sign holds, else None; KeyError where the line has none."""
-    length = line["trace_len_mean"]
-    return length if length < 3 and first["trace_len_mean"] >= 3 else None
-
-
-def repeated_trace(line: dict, first: dict) -> float | None:
-    return line["rep_frac"] if line["rep_frac"] > 0.5 else None
-
-
-def dead_groups(line: dict, first: dict) -> float | None:
-    dead = line["zero_std_frac"]
-    samples = line["trace_len_max"] > 0  # plain SFT does not
-    return dead if samples and dead > 0.9 and line["gain"] < 0.1 else None
-
-
-def trace_ignored(line: dict, first: dict) -> float | None:
-    specific = line["eval_gain"] - line["eval_gain_shuffled"]
-    return specific if line["eval_trace_len"] >= 3 and specific < 0.02 else None
-
-
-def null_drift(line: dict, first: dict) -> float | None:
-    fallen = line["gold_logp_null"] - first["gold_logp_null"]
-    return fallen if fallen < -5 and fallen < first["gold_logp_null"] else None
-
-
-# The sign, the metric its figure is taken from, and what to try.
+# ---- signs of collapse: one warning per sign and run
+# What to try where the reward pays for short traces: preflight.py shows which reward would keep
+# this model thinking; with --clip-null none pays for stopping (EXPERIMENTS.md).
+OTHER_REWARD = f"another --aggregator ({python()} preflight.py compares them)"
+# The sign; the figure it shows; whether it holds for a line of the log, given the run's first one;
+# what to try. Entropy is no sign: it falls when thinking is learnt as well.
 SIGNS = (
-    (vanishing_trace, "trace_len_mean", f"--clip-null, or {OTHER_REWARD}"),
-    (repeated_trace, "rep_frac", "a lower --lr, a shorter --max-trace"),
-    (dead_groups, "zero_std_frac", f"more --traces, or {OTHER_REWARD}"),
-    (trace_ignored, "eval_gain - eval_gain_shuffled", OTHER_REWARD),
-    (null_drift, "gold_logp_null", "--null frozen or --null-loss 0.1"),
+    (
+        "vanishing_trace",  # traces are down to a token or two; the marker alone is one
+        "trace_len_mean",
+        lambda line, first: line["trace_len_mean"] < 3 <= first["trace_len_mean"],
+        f"--clip-null, or {OTHER_REWARD}",
+    ),
+    (
+        "repeated_trace",  # traces repeat themselves
+        "rep_frac",
+        lambda line, first: line["rep_frac"] > 0.5,
+        "a lower --lr, a shorter --max-trace",
+    ),
+    (
+        "dead_groups",  # rewards are equal, though thinking gains nothing; plain SFT samples none
+        "zero_std_frac",
+        lambda line, first: (
+            min(line["zero_std_frac"], line["trace_len_max"]) > 0.9 and line["gain"] < 0.1
+        ),
+        f"more --traces, or {OTHER_REWARD}",
+    ),
+    (
+        "trace_ignored",  # the answer is as likely after another question's trace
+        "eval_gain_shuffled",
+        lambda line, first: (
+            line["eval_gain"] - line["eval_gain_shuffled"] < 0.02 and line["eval_trace_len"] >= 3
+        ),
+        OTHER_REWARD,
+    ),
+    (
+        "null_drift",  # the null think unlearnt the answer; weights made of n_i have all grown
+        "gold_logp_null",
+        lambda line, first: (
+            line["gold_logp_null"] < min(first["gold_logp_null"] - 5, 2 * first["gold_logp_null"])
+        ),
+        "--null frozen",
+    ),
 )
+RUN = 3  # consecutive lines of the log with the sign's figures in which it must hold
 
 
-def collapse_warnings(history: list[dict], record: dict) -> list[str]:
+def signs_of_collapse(history: list[dict], record: dict) -> list[str]:
     """Texts of the signs that hold for the first time with `record`, the newest line of the log.
 
     history: the lines before it. A line keeps its warnings under the key "warnings", so that a run
-    that is resumed does not repeat them.
+    that is resumed does not repeat them. Step 0 does not count.
     """
     lines = [line for line in [*history, record] if line["step"] > 0]
-    given = [text for line in history for text in line.get("warnings") or []]
+    given = "\n".join(text for line in history for text in line.get("warnings", []))
     found = []
-    for sign, metric, remedy in SIGNS:
-        name = sign.__name__
-        if any(str(text).startswith(name) for text in given):
-            continue
-        values = []
+    for name, figure, holds, remedy in SIGNS:
+        seen = []
         for line in lines:
             try:
-                values.append((line["step"], sign(line, lines[0])))
+                seen.append((line["step"], holds(line, lines[0])))
             except (KeyError, TypeError):  # not evaluated in this step, or a figure that was NaN
                 continue
-        last = values[-RUN:]
-        newest = last and last[-1][0] == record["step"]
-        if newest and len(last) == RUN and all(value is not None for _, value in last):
-            value = last[-1][1]
-            found.append(f"{name}: {metric} {value:+.3g} at step {record['step']}; try {remedy}")
+        last = seen[-RUN:]
+        if name in given or len(last) < RUN or last[-1][0] != record["step"]:
+            continue
+        if all(held for _, held in last):
+            value = f"{record[figure]:+.3g} at step {record['step']}"
+            found.append(f"{name}: {figure} {value}; try {remedy}")
     return found

@@ -22,13 +22,11 @@ import os
 import re
 import shlex
 import shutil
-import socket
+import signal
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -39,180 +37,290 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data import Pairs
-from support.tokenizer import Tokenizer
 from model import Transformer
-from support.args import MOST, Args, check_same_run, saved_args
-from support.distributed import barrier, on_first_rank, rank, whole
-from support.errors import InputError, TrainingError, python, require
-from support.errors import is_file, read_json, read_log, write_beside, write_json
-from support.weights import save_model
+from support.args import Args, check_same_run, command_of, flag_of, saved_args
+from support.distributed import gather_objects, on_first_rank, rank, whole
+from support.errors import (
+    InputError,
+    Interrupted,
+    TrainingError,
+    python,
+    read_json,
+    refusing,
+    require,
+    write_json,
+)
+from support.metrics import Log
+from support.tokenizer import Tokenizer
+from support.weights import save_model, stored_dtypes
 
+MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
+KEEP = 2  # checkpoints
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-# ---- the folder
-STEP = r"checkpoint-(\d{6,})"
-OURS = re.compile(rf"{STEP}|final|args\.json|log\.jsonl|samples\.jsonl", re.ASCII)
+OURS = re.compile(r"checkpoint-\d{6,}|final|args\.json|log\.jsonl|samples\.jsonl", re.ASCII)
 TEMPORARY = re.compile(rf"({OURS.pattern})(\.old)?\.tmp", re.ASCII)  # what a kill leaves
-HOLDER = re.compile(r"process \d+ on .*\n|")  # the text of run.lock; empty for a moment
-LOCKS: dict[Path, TextIO] = {}  # held by this process: closing a file would release its lock
 
 
-def check_run(out: Path, args: Args) -> Path | None:
-    """The checkpoint to continue from, None for a run that begins.
+class Run:
+    """A run in its folder. Every rank has one; rank 0 writes what is not sharded.
 
-    InputError for what --out cannot be used for. Nothing has been loaded yet, nothing is written.
+        run = Run(args)            refuses what --out cannot be used for; writes nothing
+        run.restore(...)           optimizer, step and position of `run.checkpoint`, if there is one
+        log = run.open(...)        from here on the folder is written to
+        run.after_step(...)        bad updates, signals, checkpoints
+        run.finish(...)            final/
     """
-    found, temporary = holdings(out)
-    if is_file(out / "run.lock"):
-        lock_run(out)
-    if not found:
-        saved = None
-    elif not (args.resume or args.overwrite):
-        raise InputError(
-            f"--out {out} already holds a run ({found[0].name}): "
-            "take another folder, --resume it or --overwrite it"
-        )
-    else:
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.out = Path(args.out)
+        self.lock = None  # the file, open: closing it would release the lock
+        self.checkpoint: Path | None = on_first_rank(self.check)  # to continue from
+        self.step = 0  # the last one that is done
+        self.position = 0  # in the stream of rows (data.next_examples)
+        self.bad_updates = 0  # in a row
+        self.signal = 0  # Ctrl-C or SIGTERM, as its number
+
+    # ---- before anything is written
+    def check(self) -> Path | None:
+        """InputError for what --out cannot be used for -> the checkpoint to continue from."""
+        args, out = self.args, self.out
+        found, temporary = self.holdings()
+        if (out / "run.lock").exists():
+            self.take_lock()
+        if found and not (args.resume or args.overwrite):
+            raise InputError(
+                f"--out {out} already holds a run ({found[0].name}): "
+                "take another folder, --resume it or --overwrite it"
+            )
         saved = saved_args(out)
-        others = f"{found[0].name}, but no args.json of a run: it is not this program's"
-        require(saved is not None, f"--out {out} holds {others}; take another folder")
-    owned = saved is not None or out in LOCKS
-    if temporary and not owned:
-        raise InputError(f"--out {out} holds {temporary[0].name}, and no run: take another folder")
-    for name in ("model", "data", "eval_data"):
-        source = Path(getattr(args, name)).resolve()
-        for path in temporary + (found if args.overwrite else []):
-            lost = getattr(args, name) and source.is_relative_to(path.resolve())
-            require(not lost, f"--{name.replace('_', '-')} {source}: would be deleted with {path}")
-    if not (args.resume and saved):
-        return None
-    check_same_run(args, saved)
-    for name in ("log.jsonl", "samples.jsonl"):
-        read_log(out / name)
-    newest = newest_checkpoint(out)
-    lost = newest is None and (out / "final").exists()
-    require(not lost, f"--resume: {out} holds final/ but no checkpoint to go on from")
-    return newest
+        strange = [] if saved else found if self.lock else found + temporary
+        for path in strange:
+            text = f"holds {path.name}, but no args.json of a run; take another folder"
+            raise InputError(f"--out {out} {text}")
+        for name in ("model", "data", "eval_data"):
+            source = Path(getattr(args, name)).resolve()
+            for path in temporary + (found if args.overwrite else []):
+                lost = getattr(args, name) and source.is_relative_to(path.resolve())
+                require(not lost, f"{flag_of(name)} {source}: would be deleted with {path}")
+        if not (args.resume and saved):
+            return None
+        check_same_run(args, saved)
+        kept = self.checkpoints()
+        lost = not kept and (out / "final").exists()
+        require(not lost, f"--resume: {out} holds final/ but no checkpoint to go on from")
+        return kept[-1] if kept else None
+
+    def holdings(self) -> tuple[list[Path], list[Path]]:
+        """What the folder holds under this program's names: complete, and temporary."""
+        with refusing(f"--out {self.out}"):
+            paths = sorted(self.out.iterdir()) if self.out.exists() else []
+        found = [path for path in paths if OURS.fullmatch(path.name)]
+        return found, [path for path in paths if TEMPORARY.fullmatch(path.name)]
+
+    def checkpoints(self) -> list[Path]:
+        """In the order of their steps: after checkpoint-999999 comes checkpoint-1000000."""
+        found = [path for path in self.holdings()[0] if path.name.startswith("checkpoint-")]
+        return sorted(found, key=step_of)
+
+    def take_lock(self) -> None:
+        """Locks the folder until this process ends; InputError if another one holds it."""
+        if self.lock:
+            return
+        name = self.out / "run.lock"
+        self.lock = open(name, "a")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"another process writes there and holds {name}: wait for it or end it"
+            raise InputError(f"--out {self.out}: {text}") from None
+        except OSError as error:  # a file system without locks
+            print(f"note: {name} cannot be locked: {error.strerror}", flush=True)
+
+    # ---- resuming
+    def restore(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        pairs: Pairs,
+    ) -> None:
+        """The optimizer's moments, step and position of the checkpoint `model` was read from.
+
+        InputError if rows or tokenizer are no longer those that the checkpoint was trained on.
+        """
+        same = tokenizer.same_as(Tokenizer(self.checkpoint))
+        text = f"its tokenizer or marker is not that of {self.checkpoint}"
+        require(same, f"{tokenizer.path}: {text}")
+        folder = self.checkpoint / "optimizer"
+        with refusing(f"{self.checkpoint}: not a checkpoint that can be resumed"):
+            progress = read_json(self.checkpoint / "progress.json")
+            self.step, self.position = progress["step"], progress["position"]
+            updates = float(progress["updates"])
+            same = progress["data"] == pairs.digest
+            text = f"has changed since {self.checkpoint}: a position in it means other rows"
+            require(same, f"{pairs.path}: {text}")
+            state = moments(model, optimizer)
+            reader = HuggingFaceStorageReader(str(folder))
+            stored = reader.read_metadata().state_dict_metadata
+            for name, tensor in state.items():
+                pieces = {tuple(piece.offsets): piece.sizes for piece in stored[name].chunks}
+                # torch reads a piece that is missing as zeros
+                found = sum(map(math.prod, pieces.values())) == tensor.numel()
+                require(found, f"{folder}: lacks a part of {name}: is a file of it missing?")
+            try:
+                quietly(dcp.load, state, storage_reader=reader)
+            except CheckpointException as error:  # what went wrong on the first rank that failed
+                raise next(iter(error.failures.values()))[0] from None
+        for name, parameter in model.named_parameters():
+            # fused AdamW wants the count on the device of the parameters
+            count = torch.tensor(updates, device=parameter.device)
+            own = {key: state[f"{name}.{key}"] for key in MOMENTS}
+            optimizer.state[parameter] = {"step": count} | own
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do; says so."""
+        finished = self.step >= self.args.steps and (self.out / "final").exists()
+        if finished and rank() == 0:
+            steps = f"step {self.step} of {self.args.steps}"
+            print(f"{self.out} is finished: {steps}; --steps N would continue it")
+        return finished
+
+    # ---- writing
+    def open(self) -> Log:
+        """Makes the folder ready to be written to; prints the run's command; listens to signals."""
+        # Read before anything is written: a run may outlive the directory it began from.
+        self.dtypes = stored_dtypes(self.args.model)  # of final/
+        on_first_rank(self.prepare)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+        return Log(self.out, self.args.steps, self.step, writes=rank() == 0)
+
+    def prepare(self) -> None:
+        with refusing(f"--out {self.out}: cannot be written"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.take_lock()
+            found, temporary = self.holdings()
+            for path in found if self.args.overwrite else []:
+                if path.name != "args.json":
+                    temporary.append(set_aside(path))
+            write_json(self.out / "args.json", asdict(self.args))
+            for path in temporary:
+                remove(path)
+        print(shlex.join(command_of(self.args)))
+
+    def receive(self, number: int, frame: object) -> None:
+        """The first Ctrl-C or SIGTERM asks the run to stop after its step; a second ends it."""
+        self.signal = number
+        self.restore_signals(signal.SIG_DFL)
+
+    def restore_signals(self, interrupt: object = signal.default_int_handler) -> None:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def after_step(
+        self,
+        norms: list[float],
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        pairs: Pairs,
+    ) -> None:
+        """Counts bad updates, saves a checkpoint when it is due, stops if a signal asked for it.
+
+        norms: the gradient norms of the step's updates. `step` and `position` are those after it.
+        """
+        for norm in norms:
+            self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
+        if self.bad_updates >= MAX_BAD_UPDATES:
+            raise TrainingError(
+                f"step {self.step}: loss or gradient not finite {self.bad_updates} times in a row; "
+                f"none of these updates was applied, see {self.out}"
+            )
+        stop = max(gather_objects(self.signal))  # of any rank
+        due = self.step % self.args.save_every == 0 or self.step == self.args.steps
+        if due or stop:
+            self.save_checkpoint(model, optimizer, tokenizer, pairs.digest)
+        if stop:
+            command = shlex.join([python(), "train.py", "--resume", "--out", str(self.out)])
+            text = f"step {self.step} is saved; {command} continues after it"
+            stopped = Interrupted(text, stop)
+            stopped.said = rank() != 0
+            raise stopped
+
+    def save_checkpoint(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer,
+        digest: str,
+    ) -> None:
+        """Writes checkpoint-STEP/ and removes all but the newest KEEP."""
+        # A NaN must not replace a good checkpoint.
+        norm = whole(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
+        if not norm.isfinite():
+            raise TrainingError(
+                f"step {self.step}: a parameter is not finite; no checkpoint is written, those "
+                "before are complete. A lower --lr?"
+            )
+
+        def write(folder: Path) -> None:
+            save_model(model, folder, whole=whole, writes=rank() == 0)
+            # save_distributed: every rank writes its own rows
+            writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
+            quietly(dcp.save, moments(model, optimizer), storage_writer=writer)
+            if rank() == 0:
+                tokenizer.save(folder)
+                updates = max(int(state["step"]) for state in optimizer.state.values())
+                progress = {"step": self.step, "position": self.position, "updates": updates}
+                write_json(folder / "progress.json", progress | {"data": digest})
+
+        def prune() -> None:
+            for old in self.checkpoints()[:-KEEP]:
+                discard(old)
+
+        write_directory(self.out / f"checkpoint-{self.step:06}", write)
+        on_first_rank(prune)
+
+    def finish(self, model: Transformer, tokenizer: Tokenizer) -> Path:
+        """Writes final/, each tensor in its type of the initial model; unlocks the folder."""
+
+        def write(folder: Path) -> None:
+            save_model(model, folder, self.dtypes, whole=whole, writes=rank() == 0)
+            if rank() == 0:
+                tokenizer.save(folder)
+
+        self.restore_signals()
+        write_directory(self.out / "final", write)
+        if self.lock:
+            self.lock.close()
+        return self.out / "final"
 
 
-def is_finished(out: Path, step: int, steps: int) -> bool:
-    """Whether there is nothing left to do after `step`; says so."""
-    finished = step >= steps and (out / "final").exists()
-    if finished and rank() == 0:
-        print(f"{out} is finished: step {step} of {steps}; --steps N would continue it")
-    return finished
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def holdings(out: Path) -> tuple[list[Path], list[Path]]:
-    """What `out` holds under this program's names: complete, and temporary."""
-    try:
-        paths = sorted(out.iterdir()) if out.exists() else []
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    found = [path for path in paths if OURS.fullmatch(path.name)]
-    return found, [path for path in paths if TEMPORARY.fullmatch(path.name)]
+def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name; zeros, as AdamW starts, where a parameter has none yet."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        for key in MOMENTS:
+            found[f"{name}.{key}"] = state[key] if state else torch.zeros_like(parameter.detach())
+    return found
 
 
-def lock_run(out: Path) -> None:
-    """Locks the folder until this process ends; InputError if another one holds it."""
-    if out in LOCKS:
-        return
-    name = out / "run.lock"
-    try:
-        file = open(name, "a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    file.seek(0)
-    holder = file.read(1000)
-    require(bool(HOLDER.fullmatch(holder)), f"{name}: not this program's; take another --out")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(
-            f"--out {out}: {holder.strip()} writes there and holds {name}: "
-            "wait for it, end it, or take another folder"
-        ) from None
-    except OSError as error:  # a file system without locks
-        print(f"note: {name} cannot be locked: {error.strerror}", flush=True)
-    LOCKS[out] = file
+def quietly(function: Callable, *args: object, **kwargs: object) -> None:
+    """torch.distributed.checkpoint warns a single process that it is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        function(*args, **kwargs)
 
 
-def open_run(out: Path, args: Args) -> None:
-    """Makes the run's folder ready to be written to, and prints the run's command."""
-    before = {}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock_run(out)
-        LOCKS[out].truncate(0)
-        LOCKS[out].write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        LOCKS[out].flush()
-        found, temporary = holdings(out)
-        for path in temporary:
-            remove(path)
-        if args.resume and (saved := saved_args(out)):
-            before = asdict(saved)
-        new = write_beside(out / "args.json", asdict(args))  # so it can be written: now delete
-        if args.overwrite:
-            set_aside([path for path in found if path.name != "args.json"])
-        new.replace(out / "args.json")
-        for path in holdings(out)[1]:
-            remove(path)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    print(shlex.join(command_of(asdict(args))))
-    for name, value in before.items():
-        if name not in ("resume", "overwrite") and getattr(args, name) != value:
-            print(f"note: --{name.replace('_', '-')} was {value!r} before the interruption")
-
-
-def set_aside(paths: list[Path]) -> None:
-    """Gives all of them temporary names, or none: what cannot be renamed cannot be deleted."""
-    renamed = []
-    try:
-        for path in paths:
-            renamed.append((path, path.rename(path.with_name(path.name + ".old.tmp"))))
-    except OSError:
-        for path, aside in renamed:
-            aside.rename(path)
-        raise
-
-
-def command_of(args: dict) -> list[str]:
-    """The command that makes the same run in an empty folder."""
-    words = [python(), "train.py"]
-    for name, value in args.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words += [flag] * (value and name not in ("resume", "overwrite"))
-        elif value is not None:
-            words += [flag, str(value)]
-    return words
-
-
-def remove(path: Path) -> None:
-    """Deletes a file or directory; of a symbolic link the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def discard(path: Path) -> None:
-    """Deletes what is no longer needed; a run does not end because it cannot."""
-    try:
-        if path.suffix != ".tmp" and path.exists():
-            # renamed first: a kill must not leave half a checkpoint under a complete one's name
-            path = path.rename(path.with_name(path.name + ".tmp"))
-        remove(path)
-    except OSError as error:
-        print(f"note: {path} cannot be deleted: {error.strerror}", flush=True)
-
-
+# ---- directories that are whole or not there
 def write_directory(path: Path, write: Callable[[Path], None]) -> None:
     """All or nothing: every rank calls write(temporary), then rank 0 flushes and renames it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -226,195 +334,42 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-        old = path.with_name(path.name + ".old.tmp")
-        if path.exists():
-            path.rename(old)  # at no moment does its name stand for half a directory
+        old = set_aside(path) if path.exists() else None
         temporary.rename(path)
-        discard(old)
+        if old:
+            discard(old)
 
     try:
         on_first_rank(prepare)
-        if not temporary.exists():
-            raise InputError(
-                f"{path.parent}: rank {rank()} does not see what rank 0 writes there: "
-                "--out must be on a file system shared by all"
-            )
+        shared = f"rank {rank()} does not see what rank 0 writes there: is the file system shared?"
+        require(temporary.exists(), f"{path.parent}: {shared}")
         write(temporary)
-        barrier()
+        gather_objects(None)  # all have written
         on_first_rank(publish)
     except (OSError, SafetensorError, CheckpointException) as error:  # the disk is full
         if rank() == 0:
             discard(temporary)
-        raise TrainingError(
-            f"{path}: cannot be written: {error}; what is there is complete"
-        ) from None
+        text = f"{path}: cannot be written: {error}; what is there is complete"
+        raise TrainingError(text) from None
 
 
-# ---- checkpoints
-def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints, in the order of their steps."""
-    found = [path for path in out.glob("checkpoint-*") if re.fullmatch(STEP, path.name, re.ASCII)]
-    return sorted(found, key=step_of)
+def set_aside(path: Path) -> Path:
+    """Gives it a temporary name: a kill must not leave half of it under a complete one's name."""
+    return path.rename(path.with_name(path.name + ".old.tmp"))
 
 
-def step_of(checkpoint: Path) -> int:
-    """Steps are integers: after checkpoint-999999 comes checkpoint-1000000."""
-    return int(re.fullmatch(STEP, checkpoint.name, re.ASCII)[1])
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    return max(checkpoints(out), key=step_of, default=None)
-
-
-# progress.json. data: Pairs.digest; position: in the stream of its rows (data.next_examples).
-PROGRESS = {
-    "step": (int, 0, MOST),
-    "position": (int, 0, MOST),
-    "updates": (int, 0, MOST),
-    "data": (str, None, None),
-}
-
-
-def save_checkpoint(
-    out: Path,
-    step: int,
-    position: int,
-    data: str,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> None:
-    """Writes checkpoint-STEP/ and removes all but the newest `keep`."""
-
-    def write(folder: Path) -> None:
-        save_model(model, folder, whole=whole, writes=rank() == 0)
-        # save_distributed: every rank writes its own rows
-        writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
-        with no_single_process_warning():
-            dcp.save(moments(model, optimizer), storage_writer=writer)
-        if rank() == 0:
-            tokenizer.save(folder)
-            counts = [int(state.get("step", 0)) for state in optimizer.state.values()]
-            progress = {"step": step, "position": position, "updates": max(counts, default=0)}
-            write_json(folder / "progress.json", progress | {"data": data})
-
-    def prune() -> None:
-        for old in checkpoints(out)[:-keep]:
-            discard(old)
-
-    check_finite(model, step)
-    write_directory(out / f"checkpoint-{step:06}", write)
-    on_first_rank(prune)
-
-
-def check_finite(model: Transformer, step: int) -> None:
-    """TrainingError if a parameter is NaN or inf: such a checkpoint would replace a good one."""
-    norm = whole(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
-    if not norm.isfinite():
-        raise TrainingError(
-            f"step {step}: a parameter is not finite; no checkpoint is written, those before are "
-            "complete. A lower --lr?"
-        )
-
-
-def read_progress(checkpoint: Path) -> dict:
-    file = checkpoint / "progress.json"
-    progress = read_json(file, PROGRESS)
-    for name in ("step", "position", "updates"):
-        require(
-            progress.get(name) is not None,
-            f"{file}: not a checkpoint that can be resumed: no {name}",
-        )
-    step = progress["step"]
-    require(step == step_of(checkpoint), f"{file}: step is {step}, the directory says otherwise")
-    return progress
-
-
-def check_same_input(checkpoint: Path, pairs: Pairs, tokenizer: Tokenizer) -> None:
-    """InputError if the rows or the tokenizer are no longer those the checkpoint was trained on."""
-    data = read_progress(checkpoint).get("data")
-    same = data is None or data == pairs.digest  # None: saved before this was
-    require(
-        same, f"{pairs.path}: has changed since {checkpoint}: a position in it means other rows"
-    )
-    same = tokenizer.same_as(Tokenizer(checkpoint))
-    require(same, f"{tokenizer.path}: its tokenizer or marker is not that of {checkpoint}")
-
-
-def load_progress(
-    checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer
-) -> tuple[int, int]:
-    """Restores the optimizer's moments -> (step, data position)."""
-    progress = read_progress(checkpoint)
-    step, position, updates = (progress[name] for name in ("step", "position", "updates"))
+def discard(path: Path) -> None:
+    """Deletes what is no longer needed; a run does not end because it cannot."""
     try:
-        state = moments(model, optimizer)
-        reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
-        found = reader.read_metadata().state_dict_metadata
-        for name, tensor in state.items():
-            if name not in found or found[name].size != tensor.shape:
-                raise ValueError(f"optimizer/ holds no {name} of shape {list(tensor.shape)}")
-        check_cover(found)
-        with no_single_process_warning():
-            dcp.load(state, storage_reader=reader)
-    except (Exception, CheckpointException) as error:  # torch expects the files to be its own
-        text = f"{checkpoint}: not a checkpoint that can be resumed: {cause(error)}"
-        raise InputError(text) from None
-    for name, parameter in model.named_parameters():
-        # fused AdamW wants the count on the device of the parameters
-        count = torch.tensor(float(updates), device=parameter.device)
-        own = {key: state[f"{name}.{key}"] for key in MOMENTS}
-        optimizer.state[parameter] = {"step": count} | own
-    return step, position
+        if path.exists():
+            remove(path if path.suffix == ".tmp" else set_aside(path))
+    except OSError as error:
+        print(f"note: {path} cannot be deleted: {error.strerror}", flush=True)
 
 
-def cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank that failed, without its traceback."""
-    if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
-def check_cover(stored: dict[str, TensorStorageMetadata]) -> None:
-    """ValueError unless every tensor's pieces are there: torch reads a missing one as zeros."""
-    for name, tensor in stored.items():
-        pieces = {tuple(piece.offsets): math.prod(piece.sizes) for piece in tensor.chunks}
-        if sum(pieces.values()) != math.prod(tensor.size):
-            raise ValueError(f"optimizer/ lacks a part of {name}: is a file of it missing?")
-
-
-def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name; zeros, as AdamW starts, where a parameter has none yet."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        for key in MOMENTS:
-            found[f"{name}.{key}"] = state[key] if state else torch.zeros_like(parameter.detach())
-    return found
-
-
-@contextmanager
-def no_single_process_warning() -> Iterator[None]:
-    """torch.distributed.checkpoint warns a single process that it is one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def save_final(
-    out: Path, model: Transformer, tokenizer: Tokenizer, dtypes: dict[str, torch.dtype]
-) -> None:
-    """Writes final/: the trained model, each tensor in its type of the initial one (`dtypes`).
-
-    Nothing is written after it: the folder is unlocked.
-    """
-
-    def write(folder: Path) -> None:
-        save_model(model, folder, dtypes, whole=whole, writes=rank() == 0)
-        if rank() == 0:
-            tokenizer.save(folder)
-
-    write_directory(out / "final", write)
-    if out in LOCKS:
-        LOCKS.pop(out).close()
+def remove(path: Path) -> None:
+    """Deletes a file or directory; of a symbolic link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

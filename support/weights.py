@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import LLAMA3_ROPE, Config, Transformer
-from support.errors import InputError, require
-from support.errors import check_fields, is_file, read_json, write_json
+from support.errors import InputError, read_json, require, write_json
+from support.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 # Types of tensors that are read, as safetensors names them. No others: integers and booleans are no
@@ -286,14 +286,31 @@ def stored_dtypes(path: str | Path) -> dict[str, torch.dtype]:
     return found
 
 
-def check_device(name: str) -> None:
-    """InputError unless torch can compute on it here."""
-    try:
-        torch.empty(0, device=name)
-        usable = torch.device(name).type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):  # unknown, without a driver, or not compiled in
-        usable = False
-    require(usable, f"--device {name}: no such device here; cpu is")
+def load_with_marker(
+    path: str | Path, tokenizer: Tokenizer, dtype: torch.dtype, device: str
+) -> Transformer:
+    """The model, with a row for the marker of `tokenizer` in embedding and head.
+
+    One that was never trained starts as a copy of eos (paper, section 4).
+    """
+    model = load_model(path, dtype, device)
+    if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
+        copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
+    return model
+
+
+def copy_token_rows(model: Transformer, token: int, source: int) -> None:
+    """Gives `token` the embedding and output row of `source`; the vocabulary grows if it must."""
+    tied = model.config.tie_word_embeddings
+    for table in [model.embed_tokens] if tied else [model.embed_tokens, model.lm_head]:
+        rows = table.weight.detach()  # [V, H]
+        missing = max(0, token + 1 - len(rows))
+        grown = torch.cat([rows, rows[source].expand(missing, -1)])
+        grown[token] = grown[source].clone()
+        table.weight = nn.Parameter(grown)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.config.vocab_size = len(model.embed_tokens.weight)
 
 
 # ---- writing
