@@ -9,8 +9,9 @@ training step, so they are not computed here: training turns hidden states into 
 storing logits (kernels/logprob.py), sampling computes the logits of one position per row
 (sample.py). Both read `model.lm_head.weight` [V, H].
 
-`model(tokens, past)` continues a KV cache. `past` is any object with the method
+`model(tokens, past)` continues a KV cache, any object with
 
+    length                                   tokens it holds: an int, or [B] where rows differ
     append(layer, k, v) -> (k_all, v_all)    add these tokens' keys and values, return all of them
 
 One rule lets the same mask serve training, branches that share a prompt, and decoding of rows of
@@ -28,14 +29,14 @@ all others.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
 
@@ -71,11 +72,9 @@ class Config:
 
 # ---- KV cache
 class Past(Protocol):
-    """A KV cache: Prefix below (differentiable), or the static one of sample.py.
+    """A KV cache: Prefix below (differentiable), or the static one of sample.py."""
 
-    It may also have an attribute `length`, the number of tokens it held before this call: an int,
-    or a tensor [B] where rows differ. Without it, all rows hold as many tokens as append returns.
-    """
+    length: int | Tensor  # tokens before this forward; [B] where rows differ
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [B, Hkv, L, D] of the new tokens -> those of all tokens, [B, Hkv, S, D]."""
@@ -124,7 +123,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.activation_checkpointing = "none"  # a key of KEEP
+        # True: for the backward pass a layer keeps its inputs alone, and is computed again there.
+        self.recompute = False
 
     def forward(self, tokens: Tensor, past: Past | None = None) -> Tensor:
         """tokens [B, L] -> hidden states after the final norm, [B, L, H].
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         Rows of different length are padded on the right, where no earlier token attends to the
         padding.
         """
-        start = 0 if past is None else self.past_length(past, batch=len(tokens))
+        start = 0 if past is None else past.length
         offsets = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
         if isinstance(start, Tensor):
             positions = start[:, None] + offsets  # [B, L]
@@ -143,48 +143,12 @@ class Transformer(nn.Module):
         def mask(keys: int) -> Mask:
             return visible(start, positions, keys, self.config, hidden)
 
-        # Without gradients there is no backward pass to recompute for.
-        run = KEEP[self.activation_checkpointing if torch.is_grad_enabled() else "none"]
+        recompute = self.recompute and torch.is_grad_enabled()
         hidden = self.embed_tokens(tokens)  # [B, L, H]
         rope = rope_table(positions, self.config, hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, rope, mask, past, run)
+            hidden = layer(hidden, rope, mask, past, recompute)
         return self.norm(hidden)
-
-    def past_length(self, past: Past, batch: int) -> int | Tensor:
-        """Tokens that `past` holds: an int, or [B] where rows differ."""
-        if hasattr(past, "length"):
-            return past.length
-        # An object with append alone: append no tokens, and see how many come back.
-        shape = (batch, self.config.num_key_value_heads, 0, self.config.head_dim)
-        nothing = self.norm.weight.new_empty(shape)
-        keys, _ = past.append(0, nothing, nothing)
-        return keys.shape[2]
-
-
-# ---- prefill
-@dataclass
-class Prefill:
-    """B prompts that the model has read: all that their continuations need."""
-
-    past: Prefix  # KV cache, [B, Hkv, P, D] per layer
-    hidden: Tensor  # [B, H] the state at each prompt's last token, which predicts the next one
-
-
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Prefill:
-    """One forward pass over B prompts, differentiable when grad is enabled.
-
-    Prompts are padded on the right to the longest, P tokens. Causal attention keeps the padding out
-    of `hidden`; its keys and values lie beyond a prompt's length, where nothing is read.
-    """
-    device = model.lm_head.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    past = Prefix()
-    hidden = model(torch.tensor(padded, device=device), past)  # [B, P, H]
-    row = torch.arange(len(prompts), device=device)
-    last = torch.tensor(lengths, device=device) - 1
-    return Prefill(past, hidden[row, last])
 
 
 class Block(nn.Module):
@@ -204,14 +168,17 @@ class Block(nn.Module):
         rope: Rope,
         mask: Callable[[int], "Mask"],
         past: Past | None,
-        run: Callable,
+        recompute: bool,
     ) -> Tensor:
-        """hidden [B, L, H] -> [B, L, H].
+        """hidden [B, L, H] -> [B, L, H].  mask: number of keys S -> attention mask
 
-        mask: number of keys S -> attention mask. run: a function of KEEP, which runs the layer in
-        two parts. The append stands between them: inside one, it would be repeated when the
-        backward pass recomputes that part.
+        It runs in two parts, and the append stands between them: inside one, it would be repeated
+        when the backward pass computes that part again.
         """
+
+        def run(part: Callable, *inputs: object) -> object:
+            return checkpoint(part, *inputs, use_reentrant=False) if recompute else part(*inputs)
+
         q, k, v = run(self.before_attention, hidden, rope)
         if past is not None:
             k, v = past.append(self.index, k, v)  # [B, Hkv, S, D]
@@ -225,37 +192,6 @@ class Block(nn.Module):
     ) -> Tensor:
         hidden = hidden + self.self_attn(q, k, v, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-# ---- activation checkpointing
-# What the forward pass keeps for the backward pass, by the value of --activation-checkpointing.
-# The backward pass recomputes the rest.
-PRODUCTS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-]
-
-
-def keep_all(function: Callable, *inputs: object) -> object:
-    return function(*inputs)
-
-
-def keep_products(function: Callable, *inputs: object) -> object:
-    """Keeps what is slow to compute, matrix products and attention: half of the memory."""
-    context = partial(create_selective_checkpoint_contexts, PRODUCTS)
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=context)
-
-
-def keep_inputs(function: Callable, *inputs: object) -> object:
-    """Keeps the inputs alone: the hidden states and q, k, v of each layer."""
-    return checkpoint(function, *inputs, use_reentrant=False)
-
-
-KEEP: dict[str, Callable] = {"none": keep_all, "selective": keep_products, "full": keep_inputs}
 
 
 # ---- the parts of a block
@@ -364,6 +300,7 @@ def visible(
     flash = flash_takes(like, config, keys)
     if flash and up_to_last:
         # Here, as it imports torch's compiler and Triton: a second, and not before it is used.
+        # A CausalBias cannot be made within a TorchDispatchMode, a FLOP counter say: it raises.
         from torch.nn.attention.bias import causal_lower_right
 
         return causal_lower_right(length, keys)
@@ -395,10 +332,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=heads != kv_heads
         )
-    # Stack the query heads of a group along the length: each key/value head then has one, longer,
-    # query head. Every SDPA backend computes this without copying k and v for each query head.
-    # Measured on 2 CPU cores (SmolLM2's heads, 32 rows, 1 query, 200 keys): 0.8 ms, 11.5 ms if
-    # k and v are copied.
+    # The query heads of a group are stacked along the length: each key/value head then has one,
+    # longer, query head, and k and v are not copied for every query head. With SmolLM2's heads, 32
+    # rows, 1 query and 200 keys that takes 0.8 ms on 2 CPU cores; with copies, 11.5.
     group = heads // kv_heads
     stacked = q.reshape(batch, kv_heads, group * length, -1)
     if length > 1:  # the mask of a single query broadcasts over the group
@@ -441,3 +377,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     halves computed one by one they were seven.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+# ---- prefill
+@dataclass
+class Prefill:
+    """B prompts that the model has read: all that their continuations need."""
+
+    past: Prefix  # KV cache, [B, Hkv, P, D] per layer
+    hidden: Tensor  # [B, H] the state at each prompt's last token, which predicts the next one
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Prefill:
+    """One forward pass over B prompts, differentiable when grad is enabled.
+
+    Prompts are padded on the right to the longest, P tokens. Causal attention keeps the padding out
+    of `hidden`; its keys and values lie beyond a prompt's length, where nothing is read.
+    """
+    device = model.lm_head.weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    past = Prefix()
+    hidden = model(torch.tensor(padded, device=device), past)  # [B, P, H]
+    row = torch.arange(len(prompts), device=device)
+    last = torch.tensor(lengths, device=device) - 1
+    return Prefill(past, hidden[row, last])

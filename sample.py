@@ -21,9 +21,7 @@ How it differs from the usual generate():
 """
 
 import argparse
-import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,13 +44,12 @@ PROMPT_TOKENS = 8192
 # a CPU also for other programs.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
-# issued, so it is rare there, and ended rows decode up to 15 tokens in vain. Elsewhere 1: free.
-FINISH_EVERY = {"cuda": 16}
+# issued, so it is rare there, and ended rows decode up to 15 tokens in vain.
+FINISH_EVERY = {"cuda": 16, "cpu": 1}
 # On a GPU, decode from a CUDA graph: one launch for the hundreds of kernels of a forward pass. In a
 # small model they take longer to launch than to run. Off, as it has not been measured.
 CUDA_GRAPH = False
 RECORD_AFTER = 16  # decode steps of a batch as it is: recording one that soon shrinks would not pay
-CHUNK = 256  # tokens of the vocabulary whose probabilities `draw` sums first
 
 
 @torch.no_grad()
@@ -74,8 +71,8 @@ def sample_traces(
     cut_ids: a sampled one ends its trace and is dropped (eos and other special tokens: no decision
         to answer). The prompt's own tokens end nothing.
     seed: one for all prompts, or one per prompt.
-    rows: traces that decode at a time, 0 = as many as MEMORY_SHARE of the free memory holds. It
-        changes speed and memory, not the traces.
+    rows: traces that decode at a time, 0 = as many as MEMORY_SHARE of the free memory holds if all
+        prompts were as long as the longest. It changes speed and memory, not the traces.
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
     in_range = k >= 1 and max_new_tokens >= 1 and temperature >= 0 and rows >= 0
@@ -87,46 +84,6 @@ def sample_traces(
     if isinstance(seed, int):
         seed = [stream_seed(seed, i) for i in range(len(prompts))]
     stop, cut = frozenset(stop_ids), frozenset(cut_ids)
-    fitting = math.inf if rows else positions_that_fit(model.config, model.lm_head.weight)
-    needed = [len(prompt) + max_new_tokens for prompt in prompts]  # positions of a row
-    traces: dict[int, list[Trace]] = {}  # by prompt
-    for group in prompt_groups(needed, k, fitting):
-        own, seeds = [prompts[i] for i in group], [seed[i] for i in group]
-        most = rows or max(1, fitting // max(needed[i] for i in group))
-        found = decode(model, own, seeds, k, max_new_tokens, temperature, stop, cut, most)
-        traces |= zip(group, found, strict=True)
-    return [traces[i] for i in range(len(prompts))]
-
-
-def prompt_groups(needed: Sequence[int], k: int, fitting: float) -> list[list[int]]:
-    """Which prompts share a decoding batch: lists of their indices.
-
-    needed: positions of a row, by prompt. fitting: positions that memory holds. All rows of a batch
-    are as long as its longest needs. So once the traces of the longest prompts fill the memory,
-    prompts that need half as much are left to the next batch, which has twice as many rows.
-    """
-    groups, capacity = [[]], max(needed)
-    for i in sorted(range(len(needed)), key=lambda i: -needed[i]):
-        full = (k * len(groups[-1]) + 1) * capacity > fitting  # no other row fits beside these
-        if full and 2 * needed[i] <= capacity:
-            groups.append([])
-            capacity = needed[i]
-        groups[-1].append(i)
-    return [sorted(group) for group in groups]
-
-
-def decode(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    k: int,
-    max_new_tokens: int,
-    temperature: float,
-    stop: frozenset[int],
-    cut: frozenset[int],
-    rows: int,
-) -> list[list[Trace]]:
-    """The traces of prompts that share a decoding batch of at most `rows` rows."""
     weight = model.lm_head.weight  # [V, H]
     ends_trace = torch.zeros(len(weight), dtype=torch.bool)  # [V]
     # A tokenizer may know special tokens that the model does not: those are never sampled.
@@ -134,17 +91,17 @@ def decode(
     ends_trace = ends_trace.to(weight.device)
 
     total = len(prompts) * k
-    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
-    batch = DecodeBatch(model.config, min(total, rows), capacity, max_new_tokens, like=weight)
-    starts = trace_starts(model, prompts, k, seeds, max_new_tokens)
+    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens  # positions of a row
+    rows = min(total, rows or rows_that_fit(model.config, capacity, weight))
+    batch = DecodeBatch(model.config, rows, capacity, max_new_tokens, like=weight)
+    starts = trace_starts(model, prompts, k, seed, max_new_tokens)
     to_logits = make_logits(weight)
-    finish_every = FINISH_EVERY.get(weight.device.type, 1)
 
     traces: dict[int, Trace] = {}  # by number: those of the first prompt are 0 .. k - 1
     batch.admit(starts)
     for step in count(1):
         token = batch.draw(to_logits, temperature, ends_trace)
-        if step % finish_every == 0:
+        if step % FINISH_EVERY[weight.device.type] == 0:
             traces |= batch.finish(stop, cut)
             if len(traces) == total:
                 break
@@ -152,6 +109,28 @@ def decode(
         batch.admit(starts)
         batch.compact()
     return [[traces[number] for number in range(i, i + k)] for i in range(0, total, k)]
+
+
+def rows_that_fit(config: Config, capacity: int, like: Tensor) -> int:
+    """Rows of `capacity` positions whose KV cache MEMORY_SHARE of the free memory holds; 1 or more.
+
+    like: gives dtype and device.
+    """
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    row_bytes = capacity * numbers * like.element_size()
+    share = MEMORY_SHARE[like.device.type]
+    return max(1, int(share * free_memory(like.device)) // row_bytes)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes. A GPU's unused blocks go back to the driver first: one tensor may not fit in them."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not Linux
+        return 8 * 10**9
 
 
 # ---- prefill
@@ -177,32 +156,22 @@ def trace_starts(
     A generator: a prompt is read when a row is idle and its first trace is next, together with the
     prompts after it. One such prefill at a time is in memory beside the decoding batch.
     """
-    at = 0
-    for together in prompt_batches(prompts):
-        read = prefill(model, together)
+    longest = max(len(prompt) for prompt in prompts)
+    together = max(1, PROMPT_TOKENS // longest)  # prompts of a prefill
+    for first in range(0, len(prompts), together):
+        part = prompts[first : first + together]
+        read = prefill(model, part)
         # In one tensor, [layers, 2, B, P, Hkv, D], so that a row copies its part at once.
         kv = torch.stack([tensor for layer in read.past.kv for tensor in layer])
         kv = kv.unflatten(0, (-1, 2)).transpose(3, 4)
         read.past.kv.clear()
-        for index, prompt in enumerate(together):
-            uniforms = random_numbers(seeds[at], k, max_new_tokens)
+        for index, prompt in enumerate(part):
+            prompt_kv = kv[:, :, index, : len(prompt)]
+            uniforms = random_numbers(seeds[first + index], k, max_new_tokens)
             for i in range(k):
-                prompt_kv = kv[:, :, index, : len(prompt)]
-                yield Start(at * k + i, prompt_kv, read.hidden[index], uniforms[i])
-            at += 1
+                number = (first + index) * k + i
+                yield Start(number, prompt_kv, read.hidden[index], uniforms[i])
         del kv, prompt_kv  # free before the next prefill is computed
-
-
-def prompt_batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Cuts the list of prompts into lists of at most PROMPT_TOKENS, padding included."""
-    batch, longest = [], 0
-    for prompt in prompts:
-        longest = max(longest, len(prompt))
-        if batch and (len(batch) + 1) * longest > PROMPT_TOKENS:
-            yield batch
-            batch, longest = [], len(prompt)
-        batch.append(prompt)
-    yield batch
 
 
 def random_numbers(seed: int, k: int, count: int) -> Tensor:
@@ -356,24 +325,6 @@ def cut_trace(ids: list[int], logp: list[float], stop: frozenset, cut: frozenset
     return Trace(ids, logp, finished=False)
 
 
-def positions_that_fit(config: Config, like: Tensor) -> int:
-    """Positions of the KV cache that MEMORY_SHARE of the free memory holds."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    share = MEMORY_SHARE[like.device.type]
-    return int(share * free_memory(like.device)) // (numbers * like.element_size())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes. A GPU's unused blocks go back to the driver first: one tensor may not fit in them."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not Linux
-        return 8 * 10**9
-
-
 # ---- one token
 def make_logits(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The head's weight [V, H] -> the function from hidden [rows, H] to logits [rows, V].
@@ -401,30 +352,17 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
     Sums are fp64: in fp32, tokens less likely than 1e-7 would have no interval.
     """
-    vocab = logits.shape[1]
     scaled = logits if temperature in (0, 1) else logits / temperature
     peak = scaled.amax(dim=1, keepdim=True)  # [rows, 1]
     mass = (scaled - peak).exp_()  # [rows, V] probability / the likeliest token's
-    mass = F.pad(mass, (0, -vocab % CHUNK)).unflatten(1, (-1, CHUNK))  # [rows, chunks, CHUNK]
-    chunk_mass = mass.sum(dim=2, dtype=torch.float64)  # [rows, chunks]
-    chunk_end = chunk_mass.cumsum(dim=1)
-    total = chunk_end[:, -1:]  # [rows, 1]
+    ends = mass.cumsum(dim=1, dtype=torch.float64)  # [rows, V] of the intervals
+    total = ends[:, -1:]  # [rows, 1]
     if temperature == 0:
         token = scaled.argmax(dim=1, keepdim=True)  # [rows, 1]
     else:
-        # In two stages, the chunk and the token in it: fp64 sums run over chunks only. That takes
-        # 0.73 of the time of one fp64 cumsum over the row at [64, 49152], 0.95 at [8, 128256] (one
-        # thread of an AMD EPYC).
-        target = uniform[:, None] * total  # [rows, 1]
-        chunk = torch.searchsorted(chunk_end, target, right=True)  # [rows, 1]
-        chunk = chunk.clamp(max=chunk_end.shape[1] - 1)  # NaN logits: keeps the index in range
-        members = chunk[:, :, None].expand(-1, -1, CHUNK)
-        token_end = mass.gather(1, members)[:, 0].double().cumsum(dim=1)  # [rows, CHUNK]
-        rest = target - (chunk_end - chunk_mass).gather(1, chunk)
-        # By rounding, rest can lie outside the chunk's mass, where tokens have probability 0.
-        rest = rest.clamp(min=0).minimum(token_end[:, -1:] * (1 - 2**-52))
-        token = chunk * CHUNK + torch.searchsorted(token_end, rest, right=True)
-        token = token.clamp(max=vocab - 1)
+        # right: the first end beyond the target, so a token of probability 0 is never taken.
+        token = torch.searchsorted(ends, uniform[:, None] * total, right=True)
+        token = token.clamp(max=logits.shape[1] - 1)  # NaN logits: keeps the index in range
     logp = (scaled.gather(1, token) - peak).double() - total.log()
     return token[:, 0], logp[:, 0].to(logits.dtype)
 
@@ -442,32 +380,22 @@ def think_and_answer(
 
     The trace leaves `answer_len` of the model's positions to an answer.
     """
-    require(is_text(args.question.strip()), "--question is empty or no text")
-    prompt = tokenizer.prompt_ids([args.question.strip()])
-    require(bool(prompt), "--question is empty: its prompt has no token")
+    question = args.question.strip()
+    require(is_text(question), "--question is empty or no text")
+    prompt = tokenizer.prompt_ids([question])
     positions = model.config.max_position_embeddings
     left = positions - len(prompt) - 1 - answer_len  # 1 for the marker
-    require(
-        left > 0,
-        f"--question: {len(prompt)} tokens of its prompt fill the {positions} "
-        "positions of the model",
-    )
+    require(left > 0, f"--question: its prompt of {len(prompt)} tokens fills the model's positions")
     one = partial(sample_traces, model, k=1, temperature=args.temperature, seed=args.seed)
     marker = tokenizer.marker_id
     limit = min(args.max_trace, left)
     [[trace]] = one([prompt], max_new_tokens=limit, stop_ids=[marker], cut_ids=tokenizer.cut_ids)
     context = [*prompt, *trace_ids(trace, marker)]
-    answer_limit = min(args.max_answer, positions - len(context))
-    [[answer]] = one([context], max_new_tokens=answer_limit, stop_ids=tokenizer.eos_ids)
+    limit = min(args.max_answer, positions - len(context))
+    [[answer]] = one([context], max_new_tokens=limit, stop_ids=tokenizer.eos_ids)
     forced = "" if trace.finished else " [cut: the marker was forced]"
     print(printable(f"trace   {tokenizer.decode(trace.ids, special=True)}{forced}"))
     print(printable(f"answer  {tokenizer.decode(answer.ids)}"))
-    for part, most, asked in (
-        (trace, limit, args.max_trace),
-        (answer, answer_limit, args.max_answer),
-    ):
-        if len(part.ids) == most < asked and not part.finished:
-            print(f"note: cut at the {positions} positions of the model", file=sys.stderr)
     return prompt, trace
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from model import KEEP, Config, Prefix, Transformer, rope_table
-from sample import sample_traces
+from model import Config, Prefix, Transformer, prefill, rope_table
 from support.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -58,11 +58,12 @@ def test_logits_equal_those_of_transformers(name):
 
 
 # ---- a text in several forwards
-class MinimalPast:
-    """The least that a `past` must have: append."""
+class Growing:
+    """The least that a `past` must have: append and length."""
 
     def __init__(self) -> None:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0  # tokens; who runs a forward adds to it after that
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.kv:
@@ -73,28 +74,6 @@ class MinimalPast:
         return k, v
 
 
-class StaticPast:
-    """A KV cache of fixed size whose rows hold different numbers of tokens, as the sampler's.
-
-    What no token has been written to holds large numbers: attending to it would show.
-    """
-
-    def __init__(self, config: Config, length: list[int], capacity: int, dtype: torch.dtype):
-        shape = (len(length), config.num_key_value_heads, capacity, config.head_dim)
-        self.kv = [
-            (torch.full(shape, 1e4, dtype=dtype), torch.full(shape, 1e4, dtype=dtype))
-            for _ in range(config.num_hidden_layers)
-        ]
-        self.length = torch.tensor(length)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.kv[layer]
-        for row, start in enumerate(self.length.tolist()):
-            keys[row, :, start : start + k.shape[2]] = k[row]
-            values[row, :, start : start + v.shape[2]] = v[row]
-        return keys, values
-
-
 @every_model
 @both_dtypes
 @pytest.mark.parametrize(
@@ -103,57 +82,11 @@ class StaticPast:
 @torch.no_grad()
 def test_a_text_in_pieces_equals_the_text_in_one_forward(name, dtype, tolerance, sizes):
     model, tokens = golden(name, dtype)
-    past = MinimalPast()
-    pieces = [model(piece, past) for piece in tokens.split(sizes, dim=1)]
+    past, pieces = Growing(), []
+    for piece in tokens.split(sizes, dim=1):
+        pieces.append(model(piece, past))
+        past.length += piece.shape[1]
     assert_close(torch.cat(pieces, dim=1), model(tokens), tolerance)
-
-
-@every_model
-@both_dtypes
-@torch.no_grad()
-def test_decoding_in_a_static_kv_cache_equals_one_forward(name, dtype, tolerance):
-    model, tokens = golden(name, dtype)
-    past = StaticPast(model.config, length=[0, 0], capacity=30, dtype=dtype)
-    steps = []
-    for t in range(24):
-        steps.append(model(tokens[:, t : t + 1], past))
-        past.length += 1
-    assert_close(torch.cat(steps, dim=1), model(tokens), tolerance)
-
-
-@every_model
-@both_dtypes
-@torch.no_grad()
-def test_rows_of_different_length_decode_as_if_each_were_alone(name, dtype, tolerance):
-    model, tokens = golden(name, dtype)
-    prompts = tokens[:, :14].clone()
-    prompts[0, 3:] = 7  # the first prompt has 3 tokens, padded by 11
-    prefix = Prefix()
-    model(prompts, prefix)
-    past = StaticPast(model.config, length=[3, 14], capacity=24, dtype=dtype)
-    for (keys, values), (k, v) in zip(past.kv, prefix.kv, strict=True):
-        keys[:, :, :14] = k  # the padding's keys included
-        values[:, :, :14] = v
-    steps = []
-    for t in range(10):
-        steps.append(model(torch.stack([tokens[:1, 3 + t], tokens[1:, 14 + t]]), past))
-        past.length += 1
-    whole = model(tokens)  # [2, 24, H]
-    assert_close(torch.cat(steps, dim=1), torch.stack([whole[0, 3:13], whole[1, 14:24]]), tolerance)
-
-
-@every_model
-@both_dtypes
-@torch.no_grad()
-def test_the_sampler_records_the_log_probs_of_one_forward(name, dtype, tolerance):
-    model, tokens = golden(name, dtype)
-    prompts = [tokens[0, :3].tolist(), tokens[1, :14].tolist()]  # of different length
-    for prompt, traces in zip(prompts, sample_traces(model, prompts, 2, 10), strict=True):
-        for trace in traces:
-            hidden = model(torch.tensor([prompt + trace.ids]))[0, len(prompt) - 1 : -1]
-            logp = (hidden @ model.lm_head.weight.T).log_softmax(dim=1)  # [10, V]
-            expected = logp.gather(1, torch.tensor(trace.ids)[:, None])[:, 0]
-            assert_close(torch.tensor(trace.logp, dtype=dtype), expected, tolerance)
 
 
 # ---- a prompt and its branches
@@ -199,15 +132,46 @@ def test_gradients_through_a_prefix_equal_those_of_whole_rows():
             assert_close(parameter.grad, whole[name], 1e-12)
 
 
-@pytest.mark.parametrize("mode", KEEP)
-def test_activation_checkpointing_does_not_append_to_the_cache_again(mode):
-    model = tiny.model()
-    model.activation_checkpointing = mode
-    tokens = random_tokens(5, 2, 6)
-    past = MinimalPast()
+@pytest.mark.parametrize("sizes", [[3, 1, 8, 2], [5], [2, 2]])
+def test_prefill_gives_each_prompts_own_state_and_gradient_whatever_it_is_padded_to(sizes):
+    model = tiny.model(3)
+    prompts = [[5, 6, 7, 8, 9, 10, 1, 2][:size] for size in sizes]
+    generator = torch.Generator().manual_seed(0)
+    goal = torch.randn(len(sizes), 16, dtype=torch.float64, generator=generator)
+    read = prefill(model, prompts)
+    (read.hidden * goal).sum().backward()
+    gradient = [parameter.grad.clone() for parameter in model.layers.parameters()]
+    model.zero_grad()
+    for i, prompt in enumerate(prompts):
+        alone = model(torch.tensor([prompt]))[0, -1]
+        assert torch.allclose(read.hidden[i], alone, rtol=0, atol=1e-12)
+        (alone * goal[i]).sum().backward()
+    for own, parameter in zip(gradient, model.layers.parameters(), strict=True):
+        assert torch.allclose(own, parameter.grad, rtol=0, atol=1e-11)
+    assert read.past.length == max(sizes)
+
+
+def test_recomputation_does_not_append_to_the_cache_again():
+    model, past = tiny.model(), Growing()
+    model.recompute = True
     with set_checkpoint_early_stop(False):  # or recomputation may end before the append
-        model(tokens, past).sum().backward()
+        model(random_tokens(5, 2, 6), past).sum().backward()
     assert [k.shape[2] for k, _ in past.kv.values()] == [6, 6]
+
+
+def test_recomputation_keeps_less_and_changes_no_gradient():
+    model, tokens = tiny.model(), random_tokens(5, 2, 6)
+    kept, gradients = [], []
+    for model.recompute in (False, True):
+        saved = []  # numbers that the graph keeps
+        with saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            hidden = model(tokens)
+        model.zero_grad()
+        hidden.sum().backward()
+        kept.append(sum(saved))
+        gradients.append([parameter.grad for parameter in model.layers.parameters()])
+    assert kept[1] < kept[0] / 2
+    assert all(map(torch.equal, *gradients))
 
 
 # ---- attention as a GPU computes it: the fixture `flash`
@@ -222,15 +186,15 @@ def branches_and_gradients(model: Transformer, tokens: Tensor, branches: Tensor)
     return [hidden.detach(), *grads]
 
 
-@pytest.mark.parametrize("mode", KEEP)
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @both_dtypes
 def test_branches_under_a_lower_right_triangle_equal_those_under_the_mask(
-    heads, mode, dtype, tolerance, request
+    heads, recompute, dtype, tolerance, request
 ):
     shape = dict(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=8)
     model = tiny.model(dtype=dtype, **shape)
-    model.activation_checkpointing = mode
+    model.recompute = recompute
     inputs = (model, random_tokens(7, 1, 5), random_tokens(8, 3, 9))
     expected = branches_and_gradients(*inputs)
     request.getfixturevalue("flash")
@@ -291,7 +255,6 @@ def test_padding_on_the_right_does_not_change_real_tokens(window):
     for pad in (0, 7):
         padded = torch.cat([tokens, torch.full((2, 5), pad)], dim=1)
         assert_close(model(padded)[:, :9], model(tokens), 1e-13)
-        assert_close(model(padded, MinimalPast())[:, :9], model(tokens, MinimalPast()), 1e-13)
         assert_close(model(padded, prefix)[:, :9], model(tokens, prefix), 1e-13)
 
 
