@@ -37,9 +37,7 @@ def write_rows(file: Path, *rows: object) -> Path:
 
 def example_of(tmp_path: Path, tokenizer: Tokenizer, row: object) -> Example:
     """The example of a file with this one row."""
-    pairs = Pairs(write_rows(tmp_path / "rows.jsonl", row), tokenizer)
-    assert len(pairs) == 1
-    return pairs[0]
+    return Pairs(write_rows(tmp_path / "rows.jsonl", row), tokenizer)[0]
 
 
 def pair(question: object, answer: object) -> dict:
@@ -55,7 +53,8 @@ def conversation(*turns: tuple[str, object]) -> dict:
 @every_kind
 def test_a_question_becomes_the_prompt_and_the_answer_ends_with_eos(kind, tmp_path):
     row = pair(" What is 2 + 3?\n", "It is 5. ")
-    example = example_of(tmp_path, Tokenizer(GOLDEN / kind), row)
+    tokenizer = Tokenizer(GOLDEN / kind)
+    example = example_of(tmp_path, tokenizer, row)
     library = library_tokenizer(GOLDEN / kind)
     bos = library.token_to_id(BOS[kind])
     eos = library.token_to_id(EOS[kind])
@@ -64,6 +63,10 @@ def test_a_question_becomes_the_prompt_and_the_answer_ends_with_eos(kind, tmp_pa
     assert example.prompt[0] == bos and example.prompt.count(bos) == 1
     assert example.answer == [*library.encode("It is 5.", add_special_tokens=False).ids, eos]
     assert (example.question, example.gold, example.index) == ("What is 2 + 3?", "It is 5.", 0)
+    # Some data has eos in its text.
+    assert tokenizer.encode_answer("It is 5." + EOS[kind]) == example.answer
+    messages = conversation(("user", row["question"]), ("assistant", row["answer"])) | {"id": 7}
+    assert example_of(tmp_path, tokenizer, messages) == example
 
 
 @every_kind
@@ -85,13 +88,6 @@ def test_the_last_assistant_turn_is_the_answer_and_the_turns_before_it_the_promp
     assert example.prompt == tokenizer.prefix + ids
     assert example.prompt.count(tokenizer.eos_ids[0]) == 1  # one token, not its letters
     assert example.answer == tokenizer.encode_answer("Paris.")
-
-
-def test_messages_of_one_turn_equal_the_pair(tmp_path):
-    tokenizer = Tokenizer(GOLDEN / "byte_level")
-    row = conversation(("user", "Who?"), ("assistant", "Kim.")) | {"id": 7}
-    expected = example_of(tmp_path, tokenizer, pair("Who?", "Kim."))
-    assert example_of(tmp_path, tokenizer, row) == expected
 
 
 @pytest.mark.parametrize("question", ["{question}", "a {x} {{y}} }{ {0}", "100 %s %(q)s"])
@@ -116,15 +112,6 @@ def test_rows_are_found_whatever_stands_between_them(tmp_path):
 
 
 # ---- tokenizer
-@every_kind
-def test_bos_is_once_before_every_prompt_and_never_before_an_answer(kind):
-    tokenizer = Tokenizer(GOLDEN / kind)
-    bos = tokenizer.model.token_to_id(BOS[kind])
-    assert tokenizer.prefix == [bos]
-    assert tokenizer.encode_prompt("the answer") == tokenizer.model.encode("the answer").ids
-    assert bos not in tokenizer.encode_answer("the answer")
-
-
 @pytest.mark.parametrize("adds, prompt", [("$A", [2, 3]), ("<bos> $A <eos>", [1, 2, 3])])
 def test_a_prompt_starts_as_the_tokenizer_starts_texts_and_never_ends_with_eos(
     adds, prompt, tmp_path
@@ -138,15 +125,6 @@ def test_a_prompt_starts_as_the_tokenizer_starts_texts_and_never_ends_with_eos(
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.encode_prompt("a b") == prompt
     assert tokenizer.encode_answer("a") == [2, 0]
-
-
-@every_kind
-def test_an_answer_ends_with_exactly_one_eos(kind):
-    tokenizer = Tokenizer(GOLDEN / kind)
-    eos = tokenizer.eos_ids[0]
-    for text in ("yes", "yes.", "yes" + EOS[kind]):  # the last: data that has eos in its text
-        ids = tokenizer.encode_answer(text)
-        assert ids[-1] == eos and ids.count(eos) == 1 and len(ids) > 1
 
 
 @pytest.mark.parametrize(
@@ -196,11 +174,9 @@ def test_a_missing_marker_is_added_after_the_vocabulary_as_one_token(kind):
 
 @pytest.mark.parametrize("marker, marker_id", [("c", 4), ("<eot>", 1)])
 def test_a_marker_the_vocabulary_has_is_kept(marker, marker_id, tmp_path):
-    tiny.tokenizer_dir(tmp_path, special=("<eos>", "<eot>"))
-    tokenizer = Tokenizer(tmp_path, marker=marker)
+    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path, special=("<eos>", "<eot>")), marker)
     assert not tokenizer.marker_is_new
     assert tokenizer.marker_id == marker_id and tokenizer.model.get_vocab_size() == 6
-    assert tokenizer.model.id_to_token(marker_id) == marker
 
 
 @pytest.mark.parametrize(
@@ -267,11 +243,10 @@ def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(mark
 
 
 def test_a_flag_overrides_what_is_saved_and_the_paper_is_the_default(tmp_path):
-    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path / "initial"))
-    assert tokenizer.prompt_format == PROMPT_FORMAT == "<|user|>\n{question}\n<|assistant|>\n"
-    assert tokenizer.marker == MARKER
-    saved = Tokenizer(tmp_path / "initial", marker="<saved>", prompt_format="Q: {question}")
-    saved.save(tmp_path)
+    initial = Tokenizer(tiny.tokenizer_dir(tmp_path))
+    assert initial.prompt_format == PROMPT_FORMAT == "<|user|>\n{question}\n<|assistant|>\n"
+    assert initial.marker == MARKER
+    Tokenizer(tmp_path, marker="<saved>", prompt_format="Q: {question}").save(tmp_path)
     flags = Tokenizer(tmp_path, marker="<other>", prompt_format="{question}!")
     assert (flags.marker, flags.prompt_format) == ("<other>", "{question}!")
 
@@ -356,11 +331,10 @@ def test_the_format_chat_says_what_it_needs_where_jinja2_is_not_installed(tmp_pa
 # ---- refusals
 GOOD = pair("a", "b")
 BAD_ROWS = [
-    (b"{broken", ""),
-    (b"[" * 100_000, ""),
-    (b'{"question": "a", "answer": "b"} {}', ""),
-    (b'{"question": "\xff", "answer": "b"}', ""),
-    (["a", "b"], ""),
+    (b"{broken", "line 1 column 2"),
+    (b"[" * 100_000, None),
+    (b'{"question": "\xff", "answer": "b"}', None),
+    (["a", "b"], None),
     ({"answer": "b"}, "lacks 'question'"),
     ({"prompt": "a", "question": "b"}, "lacks 'answer'"),
     (pair(3, "b"), "int"),
@@ -368,14 +342,14 @@ BAD_ROWS = [
     (pair("a", " \n"), "answer is empty"),
     (pair("", "b"), "question is empty"),
     (pair("a", "\ude00 b"), "surrogates"),  # half a character
-    ({"messages": "a"}, ""),
+    ({"messages": "a"}, None),
     ({"messages": []}, "alternate"),
     (conversation(("system", "a"), ("user", "b")), "alternate"),
     (conversation(("assistant", "b")), "alternate"),
     (conversation(("user", "b"), ("user", "b"), ("assistant", "b")), "alternate"),
     (conversation(("user", "b"), ("tool", "b"), ("assistant", "b")), "tool"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "content"),
-    (conversation(("user", [{"text": "a"}]), ("assistant", "b")), ""),
+    (conversation(("user", [{"text": "a"}]), ("assistant", "b")), None),
 ]
 
 
@@ -397,7 +371,7 @@ def test_a_bad_row_is_refused_at_the_start_by_file_and_line(row, says, tmp_path)
         ("<eos>", {}, {"marker": "<eos>"}, "--marker '<eos>' is an eos"),
         ("<eos>", {}, {"marker": "\udcff"}, "--marker .*surrogates"),
         ("<eos>", {}, {"prompt_format": "no place"}, "lacks {question}"),
-        ("<eos>", {"vocab_size": 4}, {}, "has a token 4, config.json says vocab_size 4"),
+        ("<eos>", {"vocab_size": 4}, {"marker": "a"}, "has a token 4, .* vocab_size 4"),
     ],
 )
 def test_a_tokenizer_that_would_train_something_else_is_refused(eos, config, flags, says, tmp_path):
@@ -420,35 +394,20 @@ def test_the_order_is_a_permutation_an_epoch_and_depends_on_seed_and_epoch_alone
         assert row_at(position, 17, seed=3) == stream[position]
 
 
-class Rows:
+class Rows(list):
     """Stands for Pairs, in memory: row i is the Example of index i."""
 
     path = Path("rows.jsonl")
 
     def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(index, [0], [0], "", "")
+        super().__init__(Example(index, [0], [0], "", "") for index in range(count))
 
 
-def test_the_next_examples_are_those_of_the_stream_across_epochs():
-    examples, position, skipped = next_examples(
-        Rows(5), position=3, count=12, seed=1, fits=lambda example: True
-    )
-    assert [example.index for example in examples] == [row_at(p, 5, seed=1) for p in range(3, 15)]
-    assert (position, skipped) == (15, 0)
-
-
-def test_rows_that_do_not_fit_are_skipped_and_counted():
+def test_the_next_examples_are_those_of_the_stream_that_fit_and_the_others_are_counted():
     stream = [row_at(p, 10, seed=1) for p in range(100)]
-    position = 0
+    position = skipped = 0
     seen = []
-    skipped = 0
-    for _ in range(4):
+    for _ in range(4):  # over several epochs
         examples, after, too_long = next_examples(
             Rows(10), position, 6, seed=1, fits=lambda example: example.index % 3 != 0
         )
@@ -473,23 +432,11 @@ def test_rows_of_which_none_fits_are_refused(position):
     assert set(seen) == set(range(5)) and len(seen) <= 10  # every row, and then no further
 
 
-def test_the_only_row_that_fits_is_found_from_every_position():
-    for position in range(20):
-        for row in range(10):
-            examples, _, skipped = next_examples(
-                Rows(10), position, 1, seed=2, fits=lambda example, row=row: example.index == row
-            )
-            assert [example.index for example in examples] == [row] and skipped < 20
-
-
 # ---- seeds
-def test_stream_seeds_never_change():
+def test_a_stream_seed_depends_on_every_argument_and_never_changes():
     """A run resumed with a later version draws what the first one would have drawn."""
     assert stream_seed(0) == 7896617691693857887
     assert stream_seed(1, 2, 3) == 6498626229777268288
-
-
-def test_a_stream_seed_depends_on_every_argument():
     three = range(1, 4)
     names = [(a, b, c) for a in three for b in three for c in three]
     seeds = {stream_seed(*name) for name in [*names, (1,), (1, 2)]}
