@@ -18,22 +18,18 @@ what is scored is not what was sampled.
 
 import hashlib
 import json
-import math
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from support.errors import InputError, is_file, require
-from support.tokenizer import Tokenizer, is_text
 
-# ---- rows
-MAX_ROW = 2**26  # bytes of a line
-MAX_CHARS = 100  # of a token, on average over a text; English has 4
+from support.errors import InputError, refusing, require
+from support.tokenizer import Tokenizer
 
 
+# ---- the parts of a sequence
 @dataclass(frozen=True)
 class Example:
     """One question-answer pair as token ids."""
@@ -56,6 +52,7 @@ class Trace:
     cut_logp: float = 0.0
 
 
+# ---- rows
 class Pairs:
     """The rows of a JSONL file. Memory holds their offsets; rows are read when they are needed.
 
@@ -68,42 +65,25 @@ class Pairs:
         early_eos     answers of which an eos is not the end: they teach to stop there
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer,
-        max_prompt: int | None = None,
-        max_answer: int | None = None,
-    ) -> None:
-        """max_prompt, max_answer: tokens. A text with more than MAX_CHARS for each is not tokenized
-        but counts as too long: tokenizing takes 200 times its memory."""
+    def __init__(self, path: str | Path, tokenizer: Tokenizer) -> None:
         self.path = Path(path)
         self.tokenizer = tokenizer
         self.spelled_out = self.early_eos = 0
-        self.too_long: set[int] = set()  # row numbers
-        most_prompt = MAX_CHARS * (max_prompt or MAX_ROW)
-        most_answer = MAX_CHARS * (max_answer or MAX_ROW)
-        require(is_file(self.path), f"{self.path}: No such file or directory")
+        self.offsets: list[int] = []  # of the rows, in bytes
         digest = hashlib.sha256()
-        offsets = array("q")
-        offset = 0  # of the line, in bytes
-        number = 0
-        self.file = open(self.path, "rb")
-        while line := self.file.readline(MAX_ROW + 1):
-            number += 1
-            where = f"{self.path}:{number}"
-            require(len(line) <= MAX_ROW, f"{where}: has more than {MAX_ROW} bytes")
+        offset = 0
+        with refusing(self.path):
+            self.file = open(self.path, "rb")
+        for number, line in enumerate(self.file, start=1):
             if not line.isspace():
+                where = f"{self.path}:{number}"
                 turns, gold = parse_row(line, where)
-                if sum(map(len, turns)) > most_prompt or len(gold) > most_answer:
-                    self.too_long.add(len(offsets))
                 if any(map(tokenizer.spells_out, (*turns, gold))):
                     self.count_special(turns, gold, where)
                 digest.update(line)
-                offsets.append(offset)
+                self.offsets.append(offset)
             offset += len(line)
-        require(bool(offsets), f"{self.path}: holds no rows")
-        self.offsets = np.frombuffer(offsets, dtype=np.int64)
+        require(bool(self.offsets), f"{self.path}: holds no rows")
         self.digest = digest.hexdigest()
 
     def count_special(self, turns: list[str], gold: str, where: str) -> None:
@@ -124,10 +104,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, index: int) -> Example | None:
-        """None: the row is too long to be tokenized."""
-        if index in self.too_long:
-            return None
+    def __getitem__(self, index: int) -> Example:
         self.file.seek(self.offsets[index])
         turns, gold = parse_row(self.file.readline(), f"{self.path}, row {index}")
         prompt = self.tokenizer.prompt_ids(turns)
@@ -140,82 +117,46 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
 
     turns: the text of user, assistant, ..., user. where: "file:line", for InputError.
     """
-    try:
+    with refusing(where):
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise InputError(
-            f"{where}: holds a {type(row).__name__}, "
-            "a row should be an object with question and answer"
-        )
-    turns = parse_messages(row["messages"], where) if "messages" in row else parse_pair(row, where)
-    half = f"{where}: the text holds half a character (a lone \\ud800-\\udfff escape)"
-    require(all(is_text(turn) for turn in turns if turn), half)
-    *turns, gold = [text.strip() for text in turns]
-    if not gold:
-        raise InputError(f"{where}: the answer is empty")
-    if not turns[-1]:
-        raise InputError(f"{where}: the question is empty")
+        if "messages" in row:
+            turns = alternating_turns(row["messages"], where)
+        else:
+            turns = [row["question"], row["answer"]]
+        *turns, gold = [text.strip() for text in turns]
+        for text in (*turns, gold):
+            text.encode()  # fails for half a character, which no tokenizer takes
+    require(gold != "", f"{where}: the answer is empty")
+    require(turns[-1] != "", f"{where}: the question is empty")
     return turns, gold
 
 
-def parse_pair(row: dict, where: str) -> list[str]:
-    """{"question": ..., "answer": ...} -> [question, answer]"""
-    for key in ("question", "answer"):
-        if key not in row:
-            raise InputError(
-                f'{where}: no "{key}"; a row is {{"question": ..., "answer": ...}} '
-                'or {"messages": [...]}'
-            )
-        if not isinstance(row[key], str):
-            kind = type(row[key]).__name__
-            raise InputError(f'{where}: "{key}" is a {kind}, it should be a string')
-    return [row["question"], row["answer"]]
-
-
-def parse_messages(messages: object, where: str) -> list[str]:
+def alternating_turns(messages: list[dict], where: str) -> list[str]:
     """A conversation -> [user, assistant, ..., user, assistant], up to its last assistant turn.
 
     A system turn is put in front of the first question. Turns after the last answer are dropped.
     """
-    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise InputError(
-            f'{where}: "messages" should be a list of {{"role": ..., "content": ...}} with strings'
-        )
-    system = []
-    if messages and messages[0]["role"] == "system":
-        system = [messages[0]["content"]]
-        messages = messages[1:]
     roles = [message["role"] for message in messages]
     turns = [message["content"] for message in messages]
+    system = []
+    if roles[:1] == ["system"]:
+        roles.pop(0)
+        system.append(turns.pop(0))
+    alternating = f'"messages" should alternate user and assistant, roles are {roles}'
     while roles and roles[-1] != "assistant":
         roles.pop()
         turns.pop()
-    alternating = ["user", "assistant"] * (len(roles) // 2)
-    if not roles or roles != alternating:
-        roles = [message["role"] for message in messages]
-        raise InputError(
-            f'{where}: "messages" should alternate user and assistant and hold an assistant turn; '
-            f"roles are {roles}"
-        )
+    pairs = len(roles) // 2
+    require(pairs > 0 and roles == ["user", "assistant"] * pairs, f"{where}: {alternating}")
     turns[0] = "\n\n".join([*system, turns[0]])
     return turns
 
 
-def is_message(message: object) -> bool:
-    if not isinstance(message, dict):
-        return False
-    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-
-
 def first_examples(pairs: Pairs, count: int, fits: Callable[[Example], bool]) -> list[Example]:
     """The first `count` rows of the file without those that do not fit. InputError if none does."""
-    found = [pairs[i] for i in range(min(count, len(pairs)))]
-    fitting = [example for example in found if example is not None and fits(example)]
-    none = (
-        f"not one of the first {len(found)} rows fits the length limits and the model's positions"
-    )
+    rows = min(count, len(pairs))
+    fitting = [example for example in map(pairs.__getitem__, range(rows)) if fits(example)]
+    none = f"not one of the first {rows} rows fits the length limits and the model's positions"
     require(bool(fitting), f"{pairs.path}: {none}")
     return fitting
 
@@ -243,7 +184,7 @@ def next_examples(
             )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1
-        if example is not None and fits(example):
+        if fits(example):
             examples.append(example)
     return examples, position, position - start - count
 

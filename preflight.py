@@ -150,9 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = open_model(args, untrained=True)
     examples = open_examples(args, model, tokenizer)
-    groups = sample_group_scores(
-        model, tokenizer, examples, args.traces, args.max_trace, args.seed
-    )
+    groups = sample_group_scores(model, tokenizer, examples, args.traces, args.max_trace, args.seed)
     print("\n".join(preflight_table(groups)))
 
 

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Trace, stream_seed
+from data import Example, Trace, stream_seed
 from kernels.logprob import bf16_products
 from model import Config, Transformer, flash_takes, prefill
-from support.args import model_flags, open_model
+from support.args import Args, model_flags, open_model
 from support.errors import InputError, exit_on_bad_input, printable, require
 from support.tokenizer import Tokenizer, is_text
 
@@ -367,6 +367,37 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     return token[:, 0], logp[:, 0].to(logits.dtype)
 
 
+# ---- traces of questions
+def sample_groups(
+    model: Transformer, tokenizer: Tokenizer, questions: list[Example], step: int, args: Args
+) -> list[list[Trace]]:
+    """K traces per question, as training samples them in this step.
+
+    Plain SFT (K = 0) has one: the empty trace with a forced marker.
+    """
+    if args.traces == 0:
+        return [[Trace([], [], finished=False)] for _ in questions]
+    prompts = [question.prompt for question in questions]
+    seeds = [stream_seed(args.seed, step, question.index) for question in questions]
+    limits = (args.traces, args.max_trace, args.temperature)
+    return sample_thoughts(model, tokenizer, prompts, *limits, seeds, args.decode_rows)
+
+
+def sample_thoughts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    max_trace: int,
+    temperature: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    rows: int = 0,
+) -> list[list[Trace]]:
+    """k traces per prompt: the marker ends a trace, other special tokens cut it."""
+    stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
+    return sample_traces(model, prompts, k, max_trace, temperature, stop, seed, cut, rows)
+
+
 def trace_ids(trace: Trace, marker: int) -> list[int]:
     """What stands between prompt and answer: the trace, and a forced marker if it has none."""
     return trace.ids if trace.finished else [*trace.ids, marker]
@@ -386,13 +417,13 @@ def think_and_answer(
     positions = model.config.max_position_embeddings
     left = positions - len(prompt) - 1 - answer_len  # 1 for the marker
     require(left > 0, f"--question: its prompt of {len(prompt)} tokens fills the model's positions")
-    one = partial(sample_traces, model, k=1, temperature=args.temperature, seed=args.seed)
-    marker = tokenizer.marker_id
+    temperature, seed = args.temperature, args.seed
     limit = min(args.max_trace, left)
-    [[trace]] = one([prompt], max_new_tokens=limit, stop_ids=[marker], cut_ids=tokenizer.cut_ids)
-    context = [*prompt, *trace_ids(trace, marker)]
+    [[trace]] = sample_thoughts(model, tokenizer, [prompt], 1, limit, temperature, seed)
+    context = [*prompt, *trace_ids(trace, tokenizer.marker_id)]
     limit = min(args.max_answer, positions - len(context))
-    [[answer]] = one([context], max_new_tokens=limit, stop_ids=tokenizer.eos_ids)
+    stop = tokenizer.eos_ids
+    [[answer]] = sample_traces(model, [context], 1, limit, temperature, stop, seed)
     forced = "" if trace.finished else " [cut: the marker was forced]"
     print(printable(f"trace   {tokenizer.decode(trace.ids, special=True)}{forced}"))
     print(printable(f"answer  {tokenizer.decode(answer.ids)}"))

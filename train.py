@@ -96,9 +96,7 @@ def train_question(
     leaves = prompt_leaves(prompt)  # where the backward passes of the traces end
     parts = micro_batches(traces, args.micro_traces)  # indices of traces; one part without the flag
     with torch.set_grad_enabled(len(parts) == 1):
-        scores = score(
-            model, leaves, traces, answer, marker, temperature=temperature, entropy=True
-        )
+        scores = score(model, leaves, traces, answer, marker, temperature=temperature, entropy=True)
     null_logp = scores.null_logp.detach()  # [T]
     if args.null == "frozen":
         with torch.no_grad():

@@ -10,28 +10,31 @@ rows are listed (the first 20, and their number) and nothing is written; --skip-
 without them.
 """
 
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import parse_row
-from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, python
+from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, refusing
 
 SHOWN = 20  # bad rows
 
 
-def rows_of(file: Path) -> Iterator[tuple[str, object]]:
-    """(where it stands, row) of a file. A line of JSONL that is not JSON is given as bytes."""
-    try:
+def rows_of(file: Path) -> Iterator[tuple[str, dict | bytes]]:
+    """(where it stands, row) of a file. A row of JSONL is its line."""
+    with refusing(file):
         if file.suffix == ".parquet":
-            yield from parquet_rows(file)
+            from pyarrow import parquet
+
+            batches = parquet.ParquetFile(file).iter_batches()
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, start=1):
+                yield f"{file}, row {number}", row
         elif file.suffix == ".csv":
             with open(file, newline="", encoding="utf-8-sig") as lines:
                 for number, row in enumerate(csv.DictReader(lines), start=1):
@@ -40,53 +43,24 @@ def rows_of(file: Path) -> Iterator[tuple[str, object]]:
             with open(file, "rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield f"{file}:{number}", read_line(line)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file}: not readable: {error}") from None
+                        yield f"{file}:{number}", line
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
-    if not find_spec("pyarrow"):
-        raise InputError(f"{file}: needs pyarrow ({python()} -m pip install pyarrow)")
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{file}: not a parquet file: {error}") from None
-
-
-def read_line(line: bytes) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return line
-
-
-def convert(row: object, where: str, question_key: str, answer_key: str) -> str:
+def convert(row: dict | bytes, where: str, question_key: str, answer_key: str) -> str:
     """A row -> its line of pairs.jsonl. InputError as train.py would refuse it."""
-    if isinstance(row, dict):
+    with refusing(where):
+        row = json.loads(row) if isinstance(row, bytes) else row
         if row.get("messages") is not None:
             row = {"messages": row["messages"]}
         else:
-            keys = {"question": question_key, "answer": answer_key}
-            for key in keys.values():
-                if key not in row:
-                    raise InputError(f"{where}: no {key!r} among {', '.join(map(str, row))}")
-            row = {name: row[key] for name, key in keys.items()}
-    line = row if isinstance(row, bytes) else json.dumps(row).encode()
-    parse_row(line, where)
-    return line.decode()
+            row = {"question": row[question_key], "answer": row[answer_key]}
+        line = json.dumps(row)
+    parse_row(line.encode(), where)
+    return line
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=formatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl, .csv or .parquet")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     parser.add_argument("--question-key", default="question")

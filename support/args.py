@@ -98,9 +98,7 @@ class Args:
     marker_weight: float = arg(
         0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
     )
-    max_trace: int = arg(
-        48, "tokens of a trace before the marker is forced (paper: 2048)", least=1
-    )
+    max_trace: int = arg(48, "tokens of a trace before the marker is forced (paper: 2048)", least=1)
     temperature: float = arg(
         1.0,
         "of the distribution that traces are sampled from, and scored under",

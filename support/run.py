@@ -66,11 +66,11 @@ TEMPORARY = re.compile(rf"({OURS.pattern})(\.old)?\.tmp", re.ASCII)  # what a ki
 class Run:
     """A run in its folder. Every rank has one; rank 0 writes what is not sharded.
 
-        run = Run(args)            refuses what --out cannot be used for; writes nothing
-        run.restore(...)           optimizer, step and position of `run.checkpoint`, if there is one
-        log = run.open(...)        from here on the folder is written to
-        run.after_step(...)        bad updates, signals, checkpoints
-        run.finish(...)            final/
+    run = Run(args)            refuses what --out cannot be used for; writes nothing
+    run.restore(...)           optimizer, step and position of `run.checkpoint`, if there is one
+    log = run.open(...)        from here on the folder is written to
+    run.after_step(...)        bad updates, signals, checkpoints
+    run.finish(...)            final/
     """
 
     def __init__(self, args: Args) -> None:
@@ -95,8 +95,8 @@ class Run:
                 f"--out {out} already holds a run ({found[0].name}): "
                 "take another folder, --resume it or --overwrite it"
             )
-        saved = saved_args(out)
-        strange = [] if saved else found if self.lock else found + temporary
+        is_run = "marker_weight" in read_json(out / "args.json")  # of any version of this program
+        strange = [] if is_run else found if self.lock else found + temporary
         for path in strange:
             text = f"holds {path.name}, but no args.json of a run; take another folder"
             raise InputError(f"--out {out} {text}")
@@ -105,9 +105,9 @@ class Run:
             for path in temporary + (found if args.overwrite else []):
                 lost = getattr(args, name) and source.is_relative_to(path.resolve())
                 require(not lost, f"{flag_of(name)} {source}: would be deleted with {path}")
-        if not (args.resume and saved):
+        if not (args.resume and is_run):
             return None
-        check_same_run(args, saved)
+        check_same_run(args, saved_args(out))
         kept = self.checkpoints()
         lost = not kept and (out / "final").exists()
         require(not lost, f"--resume: {out} holds final/ but no checkpoint to go on from")

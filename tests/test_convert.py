@@ -50,21 +50,20 @@ def test_all_bad_rows_are_listed_and_nothing_is_written_unless_they_are_skipped(
     tmp_path, monkeypatch, capsys
 ):
     file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    bad = ["{", '{"question": "q"}', '{"question": "q", "answer": " "}', "[1]"] * 8
+    bad = ["{", '{"question": "q"}', '{"question": "q", "answer": " "}'] * 8
     file.write_text("\n".join([json.dumps(PAIRS[0]), *bad]))
-    with pytest.raises(InputError, match="32 bad rows, 1 good ones; --skip-bad-rows"):
+    with pytest.raises(InputError, match="24 bad rows, 1 good ones; --skip-bad-rows"):
         command(monkeypatch, capsys, "--out", out, file)
     listed = capsys.readouterr().err.splitlines()
     assert len(listed) == 20 and list(tmp_path.iterdir()) == [file]
-    says = ["not JSON", "no 'answer' among question", "answer is empty", "object"]
-    for number, (line, text) in enumerate(zip(listed[:4], says, strict=True), start=2):
+    says = ["line 1 column 2", "lacks 'answer'", "answer is empty"]
+    for number, (line, text) in enumerate(zip(listed[:3], says, strict=True), start=2):
         assert line.startswith(f"{file}:{number}: ") and text in line
     rows, _ = command(monkeypatch, capsys, "--out", out, file, "--skip-bad-rows")
     assert rows == PAIRS[:1]
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "none.csv"])
-def test_a_file_that_is_not_there_is_refused(name, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match="not readable"):
-        command(monkeypatch, capsys, "--out", tmp_path / "out.jsonl", tmp_path / name)
+def test_a_file_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match=r"none.csv: .*No such file"):
+        command(monkeypatch, capsys, "--out", tmp_path / "out.jsonl", tmp_path / "none.csv")
     assert not list(tmp_path.iterdir())

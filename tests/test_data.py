@@ -1,8 +1,9 @@
-"""data.py: rows to token ids, the marker, refusals by file and line, an order that depends on the
-seed alone."""
+"""data.py and support/tokenizer.py: rows to token ids, the marker, the export, refusals by file and
+line, an order that depends on the seed alone."""
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jinja2.sandbox  # comes with torch
@@ -12,8 +13,8 @@ import tiny
 import tokenizers
 
 from data import Example, Pairs, next_examples, row_at, stream_seed
-from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
 from support.errors import InputError
+from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 BOS = {"byte_level": "<|begin_of_text|>", "sentencepiece": "<s>"}
@@ -36,9 +37,7 @@ def write_rows(file: Path, *rows: object) -> Path:
 
 def example_of(tmp_path: Path, tokenizer: Tokenizer, row: object) -> Example:
     """The example of a file with this one row."""
-    pairs = Pairs(write_rows(tmp_path / "rows.jsonl", row), tokenizer)
-    assert len(pairs) == 1
-    return pairs[0]
+    return Pairs(write_rows(tmp_path / "rows.jsonl", row), tokenizer)[0]
 
 
 def pair(question: object, answer: object) -> dict:
@@ -50,19 +49,12 @@ def conversation(*turns: tuple[str, object]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def assert_refused(refusal: pytest.ExceptionInfo, *names: str) -> None:
-    """One line that contains every one of `names`."""
-    text = str(refusal.value)
-    assert "\n" not in text
-    for name in names:
-        assert name in text
-
-
 # ---- rows
 @every_kind
 def test_a_question_becomes_the_prompt_and_the_answer_ends_with_eos(kind, tmp_path):
     row = pair(" What is 2 + 3?\n", "It is 5. ")
-    example = example_of(tmp_path, Tokenizer(GOLDEN / kind), row)
+    tokenizer = Tokenizer(GOLDEN / kind)
+    example = example_of(tmp_path, tokenizer, row)
     library = library_tokenizer(GOLDEN / kind)
     bos = library.token_to_id(BOS[kind])
     eos = library.token_to_id(EOS[kind])
@@ -71,13 +63,10 @@ def test_a_question_becomes_the_prompt_and_the_answer_ends_with_eos(kind, tmp_pa
     assert example.prompt[0] == bos and example.prompt.count(bos) == 1
     assert example.answer == [*library.encode("It is 5.", add_special_tokens=False).ids, eos]
     assert (example.question, example.gold, example.index) == ("What is 2 + 3?", "It is 5.", 0)
-
-
-def test_messages_of_one_turn_equal_the_pair(tmp_path):
-    tokenizer = Tokenizer(GOLDEN / "byte_level")
-    messages = conversation(("user", "Who?"), ("assistant", "Kim."))
-    expected = example_of(tmp_path, tokenizer, pair("Who?", "Kim."))
-    assert example_of(tmp_path, tokenizer, messages | {"id": 7}) == expected
+    # Some data has eos in its text.
+    assert tokenizer.encode_answer("It is 5." + EOS[kind]) == example.answer
+    messages = conversation(("user", row["question"]), ("assistant", row["answer"])) | {"id": 7}
+    assert example_of(tmp_path, tokenizer, messages) == example
 
 
 @every_kind
@@ -101,9 +90,7 @@ def test_the_last_assistant_turn_is_the_answer_and_the_turns_before_it_the_promp
     assert example.answer == tokenizer.encode_answer("Paris.")
 
 
-@pytest.mark.parametrize(
-    "question", ["{question}", "{}", "a {x} {{y}} }{ {0}", "\\{question\\}", "100 %s %(q)s"]
-)
+@pytest.mark.parametrize("question", ["{question}", "a {x} {{y}} }{ {0}", "100 %s %(q)s"])
 def test_braces_in_a_question_stay_as_they_are(question, tmp_path):
     tokenizer = Tokenizer(GOLDEN / "byte_level", prompt_format="Q{}: {question} {{A}}:")
     example = example_of(tmp_path, tokenizer, pair(question, "b"))
@@ -125,66 +112,42 @@ def test_rows_are_found_whatever_stands_between_them(tmp_path):
 
 
 # ---- tokenizer
-@every_kind
-def test_bos_is_once_before_every_prompt_and_never_before_an_answer(kind):
-    tokenizer = Tokenizer(GOLDEN / kind)
-    bos = tokenizer.model.token_to_id(BOS[kind])
-    assert tokenizer.prefix == [bos]
-    assert tokenizer.encode_prompt("the answer") == tokenizer.model.encode("the answer").ids
-    assert bos not in tokenizer.encode_answer("the answer")
-
-
-def test_a_tokenizer_that_adds_nothing_gives_prompts_without_bos(tmp_path):
-    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path))
-    assert tokenizer.prefix == [] and tokenizer.encode_prompt("a b") == [1, 2]
-
-
-def test_a_tokenizer_that_ends_texts_with_eos_does_not_end_prompts_with_it(tmp_path):
+@pytest.mark.parametrize("adds, prompt", [("$A", [2, 3]), ("<bos> $A <eos>", [1, 2, 3])])
+def test_a_prompt_starts_as_the_tokenizer_starts_texts_and_never_ends_with_eos(
+    adds, prompt, tmp_path
+):
     tiny.tokenizer_dir(tmp_path, special=("<eos>", "<bos>"))
     made = library_tokenizer(tmp_path)
     made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 0)]
+        single=adds, special_tokens=[("<bos>", 1), ("<eos>", 0)]
     )
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode_prompt("a b") == [1, 2, 3]
+    assert tokenizer.encode_prompt("a b") == prompt
     assert tokenizer.encode_answer("a") == [2, 0]
 
 
-@every_kind
-def test_an_answer_ends_with_exactly_one_eos(kind):
-    tokenizer = Tokenizer(GOLDEN / kind)
-    eos = tokenizer.eos_ids[0]
-    for text in ("yes", "yes.", "yes" + EOS[kind]):  # the last: data that has eos in its text
-        ids = tokenizer.encode_answer(text)
-        assert ids[-1] == eos and ids.count(eos) == 1 and len(ids) > 1
-
-
 @pytest.mark.parametrize(
-    "named",
-    ["<eos>", {"__type": "AddedToken", "content": "<eos>", "lstrip": False}],
-    ids=["string", "object"],
+    "named, config, generation, expected",
+    [
+        ("<eot>", None, None, [2]),
+        ({"__type": "AddedToken", "content": "<eot>", "lstrip": False}, None, None, [2]),
+        (None, 2, None, [2]),
+        (None, [3, 1], None, [3, 1]),
+        (None, None, 2, [2]),
+        (None, None, [3, 1], [3, 1]),
+        ("<eot>", [1, 2], 3, [2, 3, 1]),
+    ],
 )
-def test_eos_is_read_from_tokenizer_config_in_both_its_forms(named, tmp_path):
-    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path, special=("<unk>", "<eos>"), eos=named))
-    assert tokenizer.eos_ids == [1] and tokenizer.encode_answer("a") == [2, 1]
-
-
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("ids", [2, [2], [3, 1]])
-def test_eos_is_read_from_the_models_configs_as_an_int_and_as_a_list(file, ids, tmp_path):
-    tiny.tokenizer_dir(tmp_path, special=("<unk>", "<end>", "<eot>", "<eom>"), eos=None)
-    (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
-    assert Tokenizer(tmp_path).eos_ids == (ids if isinstance(ids, list) else [ids])
-
-
-def test_every_eos_counts_and_answers_end_with_the_tokenizers_own(tmp_path):
-    tiny.tokenizer_dir(tmp_path, special=("<unk>", "<end>", "<eot>", "<eom>"), eos="<eot>")
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+def test_every_eos_counts_and_answers_end_with_the_tokenizers_own(
+    named, config, generation, expected, tmp_path
+):
+    tiny.tokenizer_dir(tmp_path, special=("<unk>", "<end>", "<eot>", "<eom>"), eos=named)
+    for name, ids in (("config.json", config), ("generation_config.json", generation)):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.eos_ids[0] == 2 and sorted(tokenizer.eos_ids) == [1, 2, 3]
-    assert tokenizer.encode_answer("a")[-1] == 2
+    assert tokenizer.eos_ids == expected
+    assert tokenizer.encode_answer("a") == [4, expected[0]]
 
 
 def test_padding_and_truncation_stored_in_the_file_are_ignored(tmp_path):
@@ -211,48 +174,26 @@ def test_a_missing_marker_is_added_after_the_vocabulary_as_one_token(kind):
 
 @pytest.mark.parametrize("marker, marker_id", [("c", 4), ("<eot>", 1)])
 def test_a_marker_the_vocabulary_has_is_kept(marker, marker_id, tmp_path):
-    tiny.tokenizer_dir(tmp_path, special=("<eos>", "<eot>"))
-    tokenizer = Tokenizer(tmp_path, marker=marker)
+    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path, special=("<eos>", "<eot>")), marker)
     assert not tokenizer.marker_is_new
     assert tokenizer.marker_id == marker_id and tokenizer.model.get_vocab_size() == 6
-    assert tokenizer.model.id_to_token(marker_id) == marker
-
-
-def test_every_special_token_but_the_marker_cuts_a_trace(tmp_path):
-    tiny.tokenizer_dir(tmp_path, special=("<unk>", "<bos>", "<eos>", "<eot>"))
-    assert Tokenizer(tmp_path).cut_ids == [0, 1, 2, 3]  # the marker is new here, and special too
-    assert Tokenizer(tmp_path, marker="<eot>").cut_ids == [0, 1, 2]
-    assert Tokenizer(tmp_path, marker="c").cut_ids == [0, 1, 2, 3]
-
-
-def test_an_eos_that_is_an_ordinary_word_cuts_a_trace_too(tmp_path):
-    tiny.tokenizer_dir(tmp_path, special=("<unk>",), eos="d")
-    assert Tokenizer(tmp_path).cut_ids == [0, 4]
-
-
-def test_an_added_token_that_is_not_special_cuts_nothing(tmp_path):
-    tiny.tokenizer_dir(tmp_path)
-    made = library_tokenizer(tmp_path)
-    made.add_tokens(["<thought>"])
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert made.token_to_id("<thought>") == 5
-    assert Tokenizer(tmp_path).cut_ids == [0]
 
 
 @pytest.mark.parametrize(
-    "kind, names",
+    "special, eos, marker, cut",
     [
-        (
-            "byte_level",
-            [BOS["byte_level"], EOS["byte_level"], "<|eot_id|>", "<|reserved_special_token_0|>"],
-        ),
-        ("sentencepiece", ["<unk>", "<s>", "</s>"]),
+        (("<unk>", "<bos>", "<eos>", "<eot>"), "<eos>", None, [0, 1, 2, 3]),
+        (("<unk>", "<bos>", "<eos>", "<eot>"), "<eos>", "<eot>", [0, 1, 2]),
+        (("<unk>", "<bos>", "<eos>", "<eot>"), "<eos>", "c", [0, 1, 2, 3]),
+        (("<unk>",), "d", None, [0, 4]),  # an eos that is an ordinary word
     ],
-    ids=["byte_level", "sentencepiece"],
 )
-def test_cut_tokens_of_the_golden_tokenizers(kind, names):
-    tokenizer = Tokenizer(GOLDEN / kind)
-    assert tokenizer.cut_ids == [tokenizer.model.token_to_id(name) for name in names]
+def test_every_special_token_but_the_marker_cuts_a_trace(special, eos, marker, cut, tmp_path):
+    tiny.tokenizer_dir(tmp_path, special=special, eos=eos)
+    made = library_tokenizer(tmp_path)
+    made.add_tokens(["<thought>"])  # added, but not special
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path, marker=marker).cut_ids == cut
 
 
 @pytest.mark.parametrize(
@@ -302,11 +243,10 @@ def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(mark
 
 
 def test_a_flag_overrides_what_is_saved_and_the_paper_is_the_default(tmp_path):
-    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path / "initial"))
-    assert tokenizer.prompt_format == PROMPT_FORMAT == "<|user|>\n{question}\n<|assistant|>\n"
-    assert tokenizer.marker == MARKER
-    saved = Tokenizer(tmp_path / "initial", marker="<saved>", prompt_format="Q: {question}")
-    saved.save(tmp_path)
+    initial = Tokenizer(tiny.tokenizer_dir(tmp_path))
+    assert initial.prompt_format == PROMPT_FORMAT == "<|user|>\n{question}\n<|assistant|>\n"
+    assert initial.marker == MARKER
+    Tokenizer(tmp_path, marker="<saved>", prompt_format="Q: {question}").save(tmp_path)
     flags = Tokenizer(tmp_path, marker="<other>", prompt_format="{question}!")
     assert (flags.marker, flags.prompt_format) == ("<other>", "{question}!")
 
@@ -320,23 +260,19 @@ ASSISTANT = ("assistant", '  assistant says "x\\n{{}}" ')
 @pytest.mark.parametrize(
     "prompt_format", [PROMPT_FORMAT, "{question}", '\'{{ \\ "{question}" %}} naïve\n{question}\t']
 )
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [USER],
-        [SYSTEM, USER],
-        [SYSTEM, USER, ASSISTANT, USER],
-        [USER, ASSISTANT, USER, ASSISTANT, USER],
-    ],
-)
-def test_the_chat_template_makes_the_prompt_of_training(kind, prompt_format, turns, tmp_path):
+@pytest.mark.parametrize("turns", [[USER], [SYSTEM, USER], [SYSTEM, USER, ASSISTANT, USER]])
+def test_the_exported_template_makes_the_prompt_of_training(kind, prompt_format, turns, tmp_path):
     tokenizer = Tokenizer(GOLDEN / kind, prompt_format=prompt_format)
-    prompt = example_of(tmp_path, tokenizer, conversation(*turns, ("assistant", "gold"))).prompt
+    example = example_of(tmp_path, tokenizer, conversation(*turns, ("assistant", "gold")))
     # The settings of transformers.
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     template = jinja.from_string(tokenizer.chat_template())
     text = template.render(**conversation(*turns), add_generation_prompt=True)
-    assert tokenizer.model.encode(text, add_special_tokens=False).ids == prompt
+    assert tokenizer.model.encode(text, add_special_tokens=False).ids == example.prompt
+    if turns == [USER]:  # and the exported directory's own template, read by us, has one bos
+        tokenizer.save(tmp_path)
+        served = Tokenizer(tmp_path, prompt_format="chat")
+        assert served.prompt_ids([example.question]) == example.prompt
 
 
 # ---- the directory's own chat template
@@ -367,16 +303,6 @@ def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, 
     assert back.prompt_ids(["x", "y", "z"]) == tokenizer.prompt_ids(["x", "y", "z"])
 
 
-@every_kind
-@pytest.mark.parametrize("turns", [["who?"], ["who?", "Kim.", "why?"]])
-def test_the_exported_template_is_one_that_chat_reads_back_with_one_bos(kind, turns, tmp_path):
-    tokenizer = Tokenizer(GOLDEN / kind, prompt_format="Q: {question}\nA:")
-    tokenizer.save(tmp_path)
-    assert Tokenizer(tmp_path, prompt_format="chat").prompt_ids(turns) == tokenizer.prompt_ids(
-        turns
-    )
-
-
 @pytest.mark.parametrize(
     "template, says",
     [
@@ -397,7 +323,7 @@ def test_a_chat_template_that_does_not_work_is_refused(template, says, tmp_path)
 def test_the_format_chat_says_what_it_needs_where_jinja2_is_not_installed(tmp_path, monkeypatch):
     tiny.tokenizer_dir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    monkeypatch.setattr("support.chat.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(InputError, match="pip install jinja2"):
         Tokenizer(tmp_path, prompt_format="chat")
 
@@ -405,68 +331,58 @@ def test_the_format_chat_says_what_it_needs_where_jinja2_is_not_installed(tmp_pa
 # ---- refusals
 GOOD = pair("a", "b")
 BAD_ROWS = [
-    (b"{broken", ["not JSON"]),
-    (b"[" * 100_000, ["not JSON"]),
-    (b'{"question": "a", "answer": "b"} {}', ["not JSON"]),
-    (b'{"question": "\xff", "answer": "b"}', ["not JSON"]),
-    (["a", "b"], ["list"]),
-    ("a", ["str"]),
-    ({"answer": "b"}, ["question"]),
-    ({"question": "a"}, ["answer"]),
-    ({"prompt": "a", "answer": "b"}, ["question", "messages"]),
-    (pair(3, "b"), ["question", "int", "string"]),
-    (pair("a", None), ["answer", "NoneType", "string"]),
-    (pair("a", ["b"]), ["answer", "list"]),
-    (pair("a", ""), ["answer is empty"]),
-    (pair("a", " \n"), ["answer is empty"]),
-    (pair("", "b"), ["question is empty"]),
-    (pair("a \ud83d", "b"), ["half a character"]),
-    (pair("a", "\ude00 b"), ["half a character"]),
-    ({"messages": "a"}, ["messages"]),
-    ({"messages": []}, ["messages", "assistant"]),
-    (conversation(("user", "a")), ["messages", "assistant", "user"]),
-    (conversation(("system", "a"), ("user", "b")), ["messages", "assistant"]),
-    (conversation(("assistant", "b")), ["messages", "alternate"]),
-    (conversation(("user", "b"), ("user", "b"), ("assistant", "b")), ["messages", "alternate"]),
-    (conversation(("user", "b"), ("tool", "b"), ("assistant", "b")), ["messages", "tool"]),
-    (conversation(("user", "a"), ("assistant", "")), ["answer is empty"]),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, ["content"]),
-    (conversation(("user", [{"text": "a"}]), ("assistant", "b")), ["messages", "strings"]),
+    (b"{broken", "line 1 column 2"),
+    (b"[" * 100_000, None),
+    (b'{"question": "\xff", "answer": "b"}', None),
+    (["a", "b"], None),
+    ({"answer": "b"}, "lacks 'question'"),
+    ({"prompt": "a", "question": "b"}, "lacks 'answer'"),
+    (pair(3, "b"), "int"),
+    (pair("a", None), "NoneType"),
+    (pair("a", " \n"), "answer is empty"),
+    (pair("", "b"), "question is empty"),
+    (pair("a", "\ude00 b"), "surrogates"),  # half a character
+    ({"messages": "a"}, None),
+    ({"messages": []}, "alternate"),
+    (conversation(("system", "a"), ("user", "b")), "alternate"),
+    (conversation(("assistant", "b")), "alternate"),
+    (conversation(("user", "b"), ("user", "b"), ("assistant", "b")), "alternate"),
+    (conversation(("user", "b"), ("tool", "b"), ("assistant", "b")), "tool"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "content"),
+    (conversation(("user", [{"text": "a"}]), ("assistant", "b")), None),
 ]
 
 
-@pytest.mark.parametrize("row, names", BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_a_bad_row_is_refused_at_the_start_by_file_and_line(row, names, tmp_path):
+@pytest.mark.parametrize("row, says", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_a_bad_row_is_refused_at_the_start_by_file_and_line(row, says, tmp_path):
     rows = [GOOD, GOOD, GOOD, b"", GOOD, GOOD, row, GOOD]  # line 7: blank lines count
     file = write_rows(tmp_path / "rows.jsonl", *rows)
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match=says) as refusal:
         Pairs(file, Tokenizer(GOLDEN / "byte_level"))
-    assert_refused(refusal, f"{file}:7: ", *names)
+    assert str(refusal.value).startswith(f"{file}:7: ")
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
-    tiny.tokenizer_dir(tmp_path, eos=None)
-    for config in ({}, {"eos_token_id": None}):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError) as refusal:
-            Tokenizer(tmp_path)
-        assert_refused(refusal, str(tmp_path), "eos", "tokenizer_config.json")
-
-
-def test_an_eos_that_is_not_in_the_vocabulary_is_none(tmp_path):
-    with pytest.raises(InputError, match="no eos token"):
-        Tokenizer(tiny.tokenizer_dir(tmp_path, eos="<gone>"))
+@pytest.mark.parametrize(
+    "eos, config, flags, says",
+    [
+        (None, {}, {}, "no eos token"),
+        ("<gone>", {"eos_token_id": None}, {}, "no eos token"),
+        (None, {"eos_token_id": 9}, {}, "eos is token 9"),
+        ("<eos>", {}, {"marker": "<eos>"}, "--marker '<eos>' is an eos"),
+        ("<eos>", {}, {"marker": "\udcff"}, "--marker .*surrogates"),
+        ("<eos>", {}, {"prompt_format": "no place"}, "lacks {question}"),
+        ("<eos>", {"vocab_size": 4}, {"marker": "a"}, "has a token 4, .* vocab_size 4"),
+    ],
+)
+def test_a_tokenizer_that_would_train_something_else_is_refused(eos, config, flags, says, tmp_path):
+    tiny.tokenizer_dir(tmp_path, eos=eos)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=says):
+        Tokenizer(tmp_path, **flags)
 
 
 # ---- order of rows
-@pytest.mark.parametrize("rows", [1, 2, 17])
-def test_every_epoch_is_a_permutation_of_the_rows(rows):
-    for epoch in range(5):
-        order = [row_at(epoch * rows + i, rows, seed=3) for i in range(rows)]
-        assert sorted(order) == list(range(rows))
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_the_order_is_a_permutation_an_epoch_and_depends_on_seed_and_epoch_alone():
     stream = [row_at(position, 17, seed=3) for position in range(85)]
     expected = []
     for epoch in range(5):
@@ -478,43 +394,20 @@ def test_the_order_depends_on_seed_and_epoch_alone():
         assert row_at(position, 17, seed=3) == stream[position]
 
 
-def test_epochs_and_seeds_have_different_orders():
-    orders = set()
-    for seed in range(4):
-        for epoch in range(4):
-            orders.add(tuple(row_at(epoch * 17 + i, 17, seed) for i in range(17)))
-    assert len(orders) == 16
-
-
-class Rows:
+class Rows(list):
     """Stands for Pairs, in memory: row i is the Example of index i."""
 
     path = Path("rows.jsonl")
 
     def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(index, [0], [0], "", "")
+        super().__init__(Example(index, [0], [0], "", "") for index in range(count))
 
 
-def test_the_next_examples_are_those_of_the_stream_across_epochs():
-    examples, position, skipped = next_examples(
-        Rows(5), position=3, count=12, seed=1, fits=lambda example: True
-    )
-    assert [example.index for example in examples] == [row_at(p, 5, seed=1) for p in range(3, 15)]
-    assert (position, skipped) == (15, 0)
-
-
-def test_rows_that_do_not_fit_are_skipped_and_counted():
+def test_the_next_examples_are_those_of_the_stream_that_fit_and_the_others_are_counted():
     stream = [row_at(p, 10, seed=1) for p in range(100)]
-    position = 0
+    position = skipped = 0
     seen = []
-    skipped = 0
-    for _ in range(4):
+    for _ in range(4):  # over several epochs
         examples, after, too_long = next_examples(
             Rows(10), position, 6, seed=1, fits=lambda example: example.index % 3 != 0
         )
@@ -534,29 +427,16 @@ def test_rows_of_which_none_fits_are_refused(position):
         seen.append(example.index)
         return False
 
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match=r"rows.jsonl: .* 5 rows fits --max-prompt"):
         next_examples(Rows(5), position, 2, seed=0, fits=fits)
-    assert_refused(refusal, "rows.jsonl", "5 rows", "--max-prompt")
     assert set(seen) == set(range(5)) and len(seen) <= 10  # every row, and then no further
 
 
-def test_the_only_row_that_fits_is_found_from_every_position():
-    for position in range(20):
-        for row in range(10):
-            examples, _, skipped = next_examples(
-                Rows(10), position, 1, seed=2, fits=lambda example, row=row: example.index == row
-            )
-            assert [example.index for example in examples] == [row] and skipped < 20
-
-
 # ---- seeds
-def test_stream_seeds_never_change():
+def test_a_stream_seed_depends_on_every_argument_and_never_changes():
     """A run resumed with a later version draws what the first one would have drawn."""
     assert stream_seed(0) == 7896617691693857887
     assert stream_seed(1, 2, 3) == 6498626229777268288
-
-
-def test_a_stream_seed_depends_on_every_argument():
     three = range(1, 4)
     names = [(a, b, c) for a in three for b in three for c in three]
     seeds = {stream_seed(*name) for name in [*names, (1,), (1, 2)]}
