@@ -229,7 +229,7 @@ def open_examples(
         length = len(example.prompt) + args.max_trace + 1 + len(example.answer)
         return bool(example.prompt) and length <= positions
 
-    pairs = Pairs(args.data, tokenizer, positions, positions)
+    pairs = Pairs(args.data, tokenizer)
     examples = first_examples(pairs, args.limit, fits)
     left_out = min(args.limit, len(pairs)) - len(examples)
     if left_out:

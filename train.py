@@ -219,9 +219,8 @@ def train(args: Args) -> None:
     distributed.start(args.device, dtype)
     run = Run(args)  # refuses what --out cannot be used for
     tokenizer = Tokenizer(args.model, args.marker, args.prompt_format)
-    limits = (args.max_prompt, args.max_answer)
-    pairs = Pairs(args.data, tokenizer, *limits)
-    held_out_pairs = Pairs(args.eval_data, tokenizer, *limits) if args.eval_data else []
+    pairs = Pairs(args.data, tokenizer)
+    held_out_pairs = Pairs(args.eval_data, tokenizer) if args.eval_data else []
 
     # Parameters are fp32, in any dtype of the computation.
     if run.checkpoint:
