@@ -3,37 +3,41 @@
 A cell of a grid is a setting of examples/hops/make.py, a method (flags of train.py) and a seed.
 Every cell is a run of its own, `python train.py ...` in a child process:
 
-    runs/lab/bases/SETTING/                  data and base, made on demand; base.json, before.json
-    runs/lab/SETTING/METHOD-sSEED-N-steps/   log.jsonl, final/; result.json is written last
-    runs/lab/GRID.csv                        one row per run, from the last line of its log
-    runs/lab/GRID-before.csv                 before training: one row per setting and method
-    runs/lab/GRID.md, GRID.svg               the table and the figure (lab_report.py)
-
-A run that has its result.json is not run again: a lab that was stopped goes on where it was, and
-two grids share their common runs. A half-finished run starts again from its beginning.
+    runs/lab/GRID.csv                        one row per finished run; such a run is not run again
+    runs/lab/GRID-before.csv                 before training: one row per setting and reward
+    runs/lab/GRID.md, GRID.svg               tables and figure of the two (matplotlib)
+    runs/lab/SETTING/base/, *.jsonl          base and data, made on demand, shared by all seeds
+    runs/lab/SETTING/METHOD-sSEED-N-steps/   a run: log.jsonl, final/
 
     python examples/lab.py --quick           minutes: arithmetic_mean (RLPR) stops thinking where
                                              the answer has an easy part, and only there
     python examples/lab.py --grid map        9 aggregators and the baselines over 12 settings
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
     python examples/lab.py --grid remedies   the flags that could keep them thinking
+    python examples/lab.py --grid map --report --out examples/hops
+                                             tables and figure of the CSV files there, no new runs
 
-Exact match of the whole answer is 0 for every method where the answer holds unpredictable tokens,
-so the lab scores the hard tokens by themselves. All seeds of a setting share its base and data.
+A stopped laboratory goes on with the same command; a half-finished run starts again. Exact match of
+the whole answer is 0 for every method where the answer holds unpredictable tokens, so the hard
+tokens are scored by themselves.
 """
 
-import argparse
+import csv
 import json
 import os
+import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -41,54 +45,39 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aggregate import AGGREGATORS  # noqa: E402
-from examples import lab_measure as measure  # noqa: E402
-from examples.hops.make import Task  # noqa: E402
-from examples.lab_report import AXES, write_csv, write_report  # noqa: E402
+from aggregate import AGGREGATORS, credit  # noqa: E402
+from data import Example, Pairs  # noqa: E402
+from examples.hops.make import Task, make_trace  # noqa: E402
+from model import Transformer  # noqa: E402
+from preflight import NAMES, preflight, sample_group_scores, verdict  # noqa: E402
+from sample import sample_traces  # noqa: E402
+from support.args import Args  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
+from support.weights import load_model  # noqa: E402
 
-# ---- methods
-METHODS = {name: f"--aggregator {name}" for name in AGGREGATORS}  # name -> flags of train.py
-# RLVR as its authors run it: the reward trains the trace alone.
-METHODS["exact_match"] += " --answer-weight none"
-METHODS["sft"] = "--traces 0"
-# SFT on answers that follow traces of the initial model: the data is in_context.jsonl.
-METHODS["sft_in_context"] = "--traces 0"
-
+# ---- grids. A method is an aggregator, with further flags of train.py, or "sft"
 COLLAPSING = ("log_prob", "prob", "geometric_mean", "arithmetic_mean", "info_gain", "jlb_multi")
-# The null think matters to these methods only where the reward is clipped at it.
-REMEDIES = (
-    "--answer-weight exact",
-    "--answer-weight none",
-    "--null-loss 0.1",
-    "--scale none",
-    "--center loo",
-    "--clip-null",
-    "--clip-null --null frozen",
-)
-REMEDIED = ("arithmetic_mean", "log_prob", "prob")
-METHODS |= {
-    f"{aggregator} {remedy}": f"--aggregator {aggregator} {remedy}"
-    for aggregator in REMEDIED
-    for remedy in REMEDIES
-}
-BASELINES = ("exact_match", "sft", "sft_in_context")
 VERIFREE = "prob --scale none"  # as its authors run it
+REMEDIED = [
+    f"{aggregator} {remedy}".strip()
+    for aggregator in ("arithmetic_mean", "log_prob", "prob")
+    for remedy in (
+        "",
+        "--answer-weight exact",
+        "--answer-weight none",
+        "--scale none",
+        "--clip-null",
+        "--clip-null --null frozen",  # the null think matters only where the reward is clipped
+    )
+]
 
 
-# ---- grids
 @dataclass(frozen=True)
 class Grid:
     tasks: tuple[Task, ...]
     methods: tuple[str, ...]
     seeds: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Run:
-    task: Task
-    method: str
-    seed: int
     steps: int
 
 
@@ -110,50 +99,34 @@ GRIDS = {
             replace(COSTLY, hard=3),
             Task(easy=128, sloppy=0.3),
         ),
-        methods=(*AGGREGATORS, "sft", "sft_in_context"),
+        methods=(*AGGREGATORS, "sft"),
         seeds=3,
         steps=60,
     ),
-    "long": Grid(
-        tasks=(COSTLY,),
-        methods=(*COLLAPSING, VERIFREE),
-        seeds=5,
-        steps=300,
-    ),
-    "remedies": Grid(
-        tasks=(COSTLY,),
-        methods=(*(name for name in METHODS if name.startswith(REMEDIED)), *BASELINES),
-        seeds=3,
-        steps=60,
-    ),
+    "long": Grid((COSTLY,), (*COLLAPSING, VERIFREE), seeds=5, steps=300),
+    "remedies": Grid((COSTLY,), (*REMEDIED, "exact_match", "sft"), seeds=3, steps=60),
 }
 
 
-def cells(grid: Grid) -> list[Run]:
-    """All runs, seed by seed: a grid that is stopped early has all settings and methods."""
-    return [
-        Run(task, method, seed, grid.steps)
-        for seed in range(grid.seeds)
-        for task in grid.tasks
-        for method in grid.methods
-    ]
+def flags_of(method: str) -> list[str]:
+    if method == "sft":
+        return ["--traces", "0"]
+    if method == "exact_match":  # RLVR as its authors run it: the reward trains the trace alone
+        method += " --answer-weight none"
+    return ["--aggregator", *method.split()]
 
 
-def setting_name(task: Task) -> str:
-    """The axes that differ from Task(), after the two that always count."""
-    changed = asdict(task).items() - asdict(Task()).items() - {("easy", task.easy)}
-    named = [f"{name}{value}" for name, value in sorted(changed) if name != "sloppy"]
-    return "-".join([f"easy{task.easy}", f"sloppy{task.sloppy}", *named])
+def label(row: dict) -> str:
+    """A setting's name: the axes that differ from Task(), after the two that always count."""
+    text = f"{row['easy']:g} easy"
+    text += f", sloppy {row['sloppy']:g}" if row["easy"] else ""
+    text += f", {row['noise']:g} noise" if row["noise"] else ""
+    text += f", {row['worked']:g} worked" if row["worked"] != Task.worked else ""
+    return text + (f", {row['hard']:g} hard" if row["hard"] > 1 else "")
 
 
-def base_folder(out: Path, task: Task) -> Path:
-    return out / "bases" / setting_name(task)
-
-
-def run_folder(out: Path, run: Run) -> Path:
-    method = run.method.replace(" --", "--").replace(" ", "-")
-    name = f"{method}-s{run.seed}-{run.steps}-steps"
-    return out / setting_name(run.task) / name
+def folder_of(out: Path, task: Task) -> Path:
+    return out / label(vars(task)).replace(", ", "-").replace(" ", "")
 
 
 # ---- child processes
@@ -177,26 +150,20 @@ def run_child(command: list[object]) -> None:
         raise RuntimeError(f"exit code {child.returncode}: {output[-500:]}")
 
 
-def run_all(jobs: int, work: dict[str, Callable[[], str]]) -> int:
-    """Runs all of `work` (name -> function that returns a line to print), `jobs` at a time.
-
-    -> how many failed. Ctrl-C ends the child processes.
-    """
+def run_all(jobs: int, work: dict[str, Callable[[], dict]], keep: Callable[[dict], str]) -> int:
+    """Calls all of `work` (name -> function), `jobs` at a time, and keep(what it returned), which
+    says in a line what came out. -> how many failed. Ctrl-C ends the child processes."""
     began, failed = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(function): name for name, function in work.items()}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
-                if future.exception() is None:
-                    text = future.result()
-                else:
-                    failed += 1
-                    text = f"FAILED: {future.exception()}"
-                left = len(work) - done
-                minutes = (time.monotonic() - began) / done * left / 60
-                running = min(jobs, left)
-                count = f"{done} done, {running} running, {left - running} waiting"
-                print(f"[{count}, {minutes:.0f} min left]  {futures[future]}  {text}", flush=True)
+                error = future.exception()
+                failed += error is not None
+                text = f"FAILED: {error}" if error else keep(future.result())
+                minutes = (time.monotonic() - began) / done * (len(work) - done) / 60
+                count = f"{done} of {len(work)}, {minutes:.0f} min left"
+                print(f"[{count}]  {futures[future]}  {text}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(CHILDREN):
@@ -207,171 +174,397 @@ def run_all(jobs: int, work: dict[str, Callable[[], str]]) -> int:
 
 # ---- data and bases
 BASE_SEEDS = 3
-QUESTIONS_BEFORE = 96  # whose traces are compared before training
 LOOKUPS_RIGHT = 0.9  # of a base that keeps lookups: 1.0, of one that lost them: 0.24
 
 
-def make_base(out: Path, task: Task, methods: tuple[str, ...]) -> str:
-    """Data, base and what is measured before training of the methods, in out/bases/SETTING.
+def make_base(out: Path, task: Task) -> dict:
+    """A setting's data, base and what is measured before training, in its folder.
 
     Some bases unlearn lookups on the mix of documents. Such a one cannot work a question out, so
     no reward could make it think; another seed takes its place.
     """
-    folder = base_folder(out, task)
+    folder = folder_of(out, task)
+    unfinished = folder.with_name(folder.name + ".tmp")
     for seed in range(task.seed, task.seed + BASE_SEEDS):
-        if folder.exists():
-            break
-        unfinished = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         if replace(task, seed=seed) == Task():
             shutil.copytree(ROOT / "examples" / "hops", unfinished)  # the committed files
         else:
-            flags = [f"--{name}={value}" for name, value in asdict(task).items()]
+            flags = [f"--{name}={value}" for name, value in vars(task).items()]
             run_child(["examples/hops/make.py", *flags, f"--seed={seed}", "--out", unfinished])
-        lookups = measure.lookups_right(unfinished)
+        model, tokenizer = load_model(unfinished / "base"), Tokenizer(unfinished / "base")
+        lookups = lookups_right(model, tokenizer, read_examples(unfinished / "test.jsonl", 32))
         if lookups > LOOKUPS_RIGHT:
-            described = {"base_seed": seed, "lookups_right": lookups}
-            write_whole(unfinished / "base.json", json.dumps(described))
-            unfinished.rename(folder)
-    if not folder.exists():
+            break
+    else:
         raise RuntimeError(f"{BASE_SEEDS} bases did not learn lookups; take more steps")
-    if "sft_in_context" in methods and not (folder / "in_context.jsonl").exists():
-        write_whole(folder / "in_context.jsonl", measure.in_context_rows(folder))
-    known = read_before(out, task)
-    measured = [line["method"] for line in known]
-    new = {name: METHODS[name] for name in methods if name not in measured and samples(name)}
-    if new:
-        data = folder / "test.jsonl"
-        lines = measure.what_is_paid(folder / "base", data, task, new, QUESTIONS_BEFORE)
-        write_whole(folder / "before.json", json.dumps(known + lines))
-    return (folder / "base.json").read_text()
+    described = vars(task) | {"seed": seed, "lookups_right": lookups}
+    examples = read_examples(unfinished / "test.jsonl", QUESTIONS_BEFORE)
+    before = [described | row for row in before_training(model, tokenizer, examples)]
+    (unfinished / "before.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+    unfinished.rename(folder)
+    return described
 
 
-def samples(method: str) -> bool:
-    return "--traces 0" not in METHODS[method]
+@torch.no_grad()
+def lookups_right(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
+    """Share of hops whose second name the base predicts, given a rightly worked trace up to it."""
+    right = []
+    for example in examples:
+        trace = tokenizer.encode_prompt(worked_trace(example.question))  # 1 ann bob , 2 bob kim ,
+        hidden = model(torch.tensor([example.prompt + trace]))[0]  # [L, H]
+        predicted = model.lm_head(hidden[len(example.prompt) - 1 : -1]).argmax(dim=-1).tolist()
+        right += [predicted[at] == trace[at] for at in range(2, len(trace), 4)]
+    return sum(right) / len(right)
 
 
-def read_before(out: Path, task: Task) -> list[dict]:
-    file = base_folder(out, task) / "before.json"
-    return json.loads(file.read_text()) if file.exists() else []
+def worked_trace(question: str) -> str:
+    """The trace that make.py writes where it works this question out."""
+    told, asked = question.split("from")
+    follows = dict(fact.split() for fact in told.split(";")[:-1])
+    *starts, _, hops, _ = asked.split()  # a b c go 3 ?
+    paths = []
+    for start in starts:
+        path = [start]
+        for _ in range(int(hops)):
+            path.append(follows[path[-1]])
+        paths.append(path)
+    text, _ = make_trace("worked", paths, random.Random())
+    return text
 
 
-def write_whole(file: Path, text: str) -> None:
-    """A file that exists is complete: a kill leaves only the temporary one."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+QUESTIONS_BEFORE = 96
+TRACES = 8  # per question
+
+
+def before_training(
+    model: Transformer, tokenizer: Tokenizer, examples: list[Example]
+) -> list[dict]:
+    """What each likelihood reward would pay the base's traces for, with the empty trace added to
+    each group of sampled ones: a row per reward.
+
+    predictor              mean advantage of rightly worked traces - that of the empty ones; None
+                           if no trace is rightly worked
+    helpful, empty, dead   figures of preflight.py, which knows no right trace
+    """
+    groups = sample_group_scores(model, tokenizer, examples, TRACES, Args.max_trace)
+    right, empty = [], []
+    for example, group in zip(examples, groups, strict=True):
+        right_one = worked_trace(example.question)
+        right += [tokenizer.decode(ids) == right_one for ids in group.traces]
+        empty += [not ids for ids in group.traces]
+    rows = []
+    for name in NAMES:
+        args = Args(aggregator=name)
+        credits = [credit(group.answer_logp, group.null_logp, args) for group in groups]
+        advantage = torch.cat([advantage for _, advantage, _ in credits])
+        row = {"method": name, "predictor": None, "worked_right": sum(right)}
+        if any(right):
+            row["predictor"] = float(advantage[right].mean() - advantage[empty].mean())
+        figures = preflight(groups, name)
+        rows.append(row | {figure: figures[figure] for figure in ("helpful", "empty", "dead")})
+    return rows
 
 
 # ---- a run
-EVAL_FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "trace_len")
 EVAL_QUESTIONS = 32
-QUESTIONS_AFTER = 16  # whose traces are compared after training
-FIGURES_AFTER = ("predictor", "signal_to_noise", "len_reward_corr")
 QUESTIONS = 8  # per step, half of train.py's default: half the time, the same order of methods
 WARMUP_STEPS = 3  # train.py takes a share of the steps; a long run shall begin as a short one does
 
 
-def do_run(out: Path, run: Run) -> str:
-    """Trains, scores the hard tokens, writes result.json -> the outcome in words."""
-    folder, base = run_folder(out, run), base_folder(out, run.task)
-    data = "in_context.jsonl" if run.method == "sft_in_context" else "train.jsonl"
-    command = ["train.py", "--model", base / "base", "--data", base / data]
-    command += ["--eval-data", base / "test.jsonl", "--eval-questions", EVAL_QUESTIONS]
-    command += ["--steps", run.steps, "--eval-every", run.steps, "--save-every", run.steps]
+def do_run(out: Path, task: Task, method: str, seed: int, steps: int) -> dict:
+    """Trains and scores the hard tokens -> the run's row."""
+    setting = folder_of(out, task)
+    folder = setting / f"{method.replace(' ', '')}-s{seed}-{steps}-steps"
+    command = ["train.py", "--model", setting / "base", "--data", setting / "train.jsonl"]
+    command += ["--eval-data", setting / "test.jsonl", "--eval-questions", EVAL_QUESTIONS]
+    command += ["--steps", steps, "--eval-every", steps, "--save-every", steps]
     command += ["--questions", QUESTIONS]
-    command += ["--warmup", min(1, WARMUP_STEPS / run.steps), "--seed", run.seed]
+    command += ["--warmup", min(1, WARMUP_STEPS / steps), "--seed", seed]
     command += ["--device", "cpu", "--out", folder, "--overwrite"]
     began = time.monotonic()
-    run_child([*command, *METHODS[run.method].split()])
-    log = measure.read_rows(folder / "log.jsonl")
-    row = {axis: getattr(run.task, axis) for axis in AXES}
-    row |= {"method": run.method, "seed": run.seed, "steps": run.steps}
-    row |= {f"eval_{name}": log[-1][f"eval_{name}"] for name in EVAL_FIGURES}
-    row |= measure.hard_tokens(folder / "final", base / "test.jsonl")
-    row["survives"] = measure.survives(row)
-    row |= after(out, run)
-    row["thinks_from"] = measure.first_thinking_step(log)
-    signs = [text.split(":")[0] for line in log for text in line.get("warnings", [])]
-    row["warnings"] = " ".join(signs)
+    run_child([*command, *flags_of(method)])
+    log = read_rows(folder / "log.jsonl")
+    row = vars(task) | {"method": method, "seed": seed, "steps": steps}
+    row |= {name: value for name, value in log[-1].items() if name.startswith("eval_")}
+    row |= hard_tokens(folder / "final", setting / "test.jsonl")
+    row["survives"] = survives(row)
+    row["thinks_from"] = first_thinking_step(log)
     row["seconds"] = round(time.monotonic() - began)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    write_whole(folder / "result.json", json.dumps(row))
-    outcome = "thinks" if row["survives"] else "does not think"
-    return f"{outcome}, hard tokens {row['hard_right']:.2f} right, {row['seconds']} s"
+    return row
 
 
-def after(out: Path, run: Run) -> dict[str, float | None]:
-    """What the reward pays for after training: the figures of before.json, as after_NAME."""
-    names = [*FIGURES_AFTER, *(f"share_{kind}" for kind in ("hard", "easy", "noise"))]
-    if not samples(run.method):
-        return {f"after_{name}": None for name in names}
-    (line,) = measure.what_is_paid(
-        run_folder(out, run) / "final",
-        base_folder(out, run.task) / "test.jsonl",
-        run.task,
-        {run.method: METHODS[run.method]},
-        QUESTIONS_AFTER,
-    )
-    return {f"after_{name}": line[name] for name in names}
+HARD_ROWS = 100  # test rows on which the hard tokens are scored
 
 
-# ---- results
-def collect(out: Path, grid: Grid) -> tuple[list[dict], list[dict]]:
-    """Rows of the finished runs, and of before training for each setting and method."""
-    results = [run_folder(out, run) / "result.json" for run in cells(grid)]
-    runs = [json.loads(file.read_text()) for file in results if file.exists()]
-    before = []
-    for task in grid.tasks:
-        file = base_folder(out, task) / "base.json"
-        described = {axis: getattr(task, axis) for axis in AXES}
-        described |= json.loads(file.read_text()) if file.exists() else {}
-        for line in read_before(out, task):
-            if line["method"] in grid.methods:
-                before.append(described | line)
-    return runs, before
+@torch.no_grad()
+def hard_tokens(final: Path, data: Path) -> dict[str, float]:
+    """Means over the hard tokens of the first rows of `data`, each after the gold tokens before it.
+
+    hard_right: the greedy choice is the gold token, hard_logp: its log-prob in nats; after the
+    model's own greedy trace, after the empty one (_null) and after the next row's (_shuffled).
+    """
+    model, tokenizer = load_model(final), Tokenizer(final)
+    marker, cut = tokenizer.marker_id, tokenizer.cut_ids
+    examples = read_examples(data, HARD_ROWS)
+    hard = [row["hard"] for row in read_rows(data)[:HARD_ROWS]]
+    prompts = [example.prompt for example in examples]
+    groups = sample_traces(model, prompts, 1, Args.max_trace, 0.0, stop_ids=[marker], cut_ids=cut)
+    own = [trace.ids if trace.finished else [*trace.ids, marker] for (trace,) in groups]
+    contexts = {"": own, "_null": [[marker]] * len(own), "_shuffled": own[1:] + own[:1]}
+    figures = {}
+    for name, traces in contexts.items():
+        right, logps = [], []
+        for example, trace, positions in zip(examples, traces, hard, strict=True):
+            before = [*example.prompt, *trace]
+            hidden = model(torch.tensor([before + example.answer]))[0]  # [L, H]
+            predicts = [len(before) + position - 1 for position in positions]
+            logp = model.lm_head(hidden[predicts]).float().log_softmax(dim=-1)  # [N, V]
+            gold = torch.tensor([example.answer[position] for position in positions])
+            right += (logp.argmax(dim=-1) == gold).tolist()
+            logps += logp.gather(1, gold[:, None])[:, 0].tolist()
+        figures[f"hard_right{name}"] = statistics.mean(right)
+        figures[f"hard_logp{name}"] = statistics.mean(logps)
+    return figures
 
 
+def survives(row: dict) -> bool:
+    """Whether a trained model thinks: it writes traces, and they help it with the hard tokens.
+
+    The gain must hold over the null think and over another question's trace. The null think alone
+    would not do: nothing trains it, so it can drift until any trace gains over it. 0.2 nats are
+    a fifth more probability on the gold token, well above what 100 rows scatter; no trace of 3
+    tokens, marker included, can hold a hop.
+    """
+    without = max(row["hard_logp_null"], row["hard_logp_shuffled"])
+    return row["eval_trace_len"] > 3 and row["hard_logp"] - without > 0.2
+
+
+HOLDS = 3  # steps in a row
+
+
+def first_thinking_step(log: list[dict]) -> int | None:
+    """The first of HOLDS steps whose sampled traces help with the answer; None if there is none."""
+    lines = [line for line in log if "trace_len_mean" in line]
+    helps = [line["gain"] > 0.2 and line["trace_len_mean"] > 3 for line in lines]
+    for i in range(len(helps) - HOLDS + 1):
+        if all(helps[i : i + HOLDS]):
+            return lines[i]["step"]
+    return None
+
+
+# ---- files
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def read_examples(file: Path, count: int) -> list[Example]:
+    """The first rows of a setting's data, with the tokens of its base."""
+    pairs = Pairs(file, Tokenizer(file.parent / "base"))
+    return [pairs[i] for i in range(len(pairs))[:count]]
+
+
+def write_csv(file: Path, rows: list[dict]) -> None:
+    """Under its own name the file is complete at every moment."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w", newline="") as out:
+        writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        for row in rows:
+            rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(rounded)
+    temporary.replace(file)
+
+
+def read_csv(file: Path) -> list[dict]:
+    """The rows of a CSV file; none if there is no file."""
+    if not file.exists():
+        return []
+    with open(file, newline="") as lines:
+        return [{k: value_of(text) for k, text in row.items()} for row in csv.DictReader(lines)]
+
+
+def value_of(text: str) -> bool | float | str | None:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
+
+
+# ---- tables
+def group(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(setting, method) -> its rows, one per seed."""
+    found = {}
+    for row in rows:
+        found.setdefault((label(row), row["method"]), []).append(row)
+    return found
+
+
+def mean_of(rows: list[dict], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
+
+
+def report(rows: list[dict], before: list[dict]) -> str:
+    parts = [
+        f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
+        "seeds that think at the end",
+        table(rows, run_cell),
+    ]
+    if before:
+        parts += [
+            "Before training: mean advantage of rightly worked traces - that of the empty one; "
+            "preflight's helpful - empty, which knows no right trace",
+            table(before, before_cell),
+            "Preflight's verdicts. Its margin was placed on the settings with one hard token and "
+            "no unpredictable ones; the other settings are held out",
+            verdicts(rows, before),
+        ]
+    return "\n\n".join(parts)
+
+
+def table(rows: list[dict], cell: Callable[[list[dict]], str]) -> str:
+    """Markdown: a row per method, a column per setting. cell(rows of the seeds) -> text."""
+    found = group(rows)
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    lines = [["method", *settings], ["---"] * (len(settings) + 1)]
+    for method in dict.fromkeys(method for _, method in found):
+        texts = [cell(found[s, method]) if (s, method) in found else "" for s in settings]
+        lines.append([f"`{method}`", *texts])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def run_cell(rows: list[dict]) -> str:
+    right = [row["hard_right"] for row in rows]
+    length = mean_of(rows, "eval_trace_len")
+    think = sum(row["survives"] for row in rows)
+    spread = statistics.pstdev(right)
+    return f"{statistics.mean(right):.2f} ± {spread:.2f}, {length:.0f}, {think}/{len(rows)}"
+
+
+def before_cell(rows: list[dict]) -> str:
+    (row,) = rows
+    right = "-" if row["predictor"] is None else f"{row['predictor']:+.2f}"
+    return f"{right}; {row['helpful'] - row['empty']:+.2f}"
+
+
+def verdicts(rows: list[dict], before: list[dict]) -> str:
+    """Preflight's verdicts against the outcomes, per group of settings."""
+    runs, counts = group(rows), {}
+    for cell, (line,) in group(before).items():
+        if cell not in runs:
+            continue
+        # preflight.MARGIN was placed on these settings, and not on the other axes.
+        placed = "placed on" if line["noise"] == 0 and line["hard"] == 1 else "held out"
+        said = verdict(line["helpful"], line["empty"], line["dead"])
+        most_think = mean_of(runs[cell], "survives") > 0.5
+        counts.setdefault((placed, said), [0, 0])[most_think] += 1
+    lines = ["| settings | verdict | most seeds think | most seeds do not |", "|---|---|---|---|"]
+    for (placed, said), (no, yes) in sorted(counts.items()):
+        lines.append(f"| {placed} | {said} | {yes} | {no} |")
+    return "\n".join(lines)
+
+
+# ---- figure
+def draw_map(file: Path, rows: list[dict]) -> None:
+    """A row per method, a column per setting. Colour: share of seeds that think at the end; text:
+    hard tokens right. Both are ordered by how many cells think."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lab"  # the same rows give the same file
+    import matplotlib.pyplot as plt
+
+    found = group(rows)
+    share = {cell: mean_of(seeds, "survives") for cell, seeds in found.items()}
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    methods = list(dict.fromkeys(method for _, method in found))
+    settings.sort(key=lambda setting: -sum(share.get((setting, m), 0) for m in methods))
+    methods.sort(key=lambda method: -sum(share.get((s, method), 0) for s in settings))
+    figure, axes = plt.subplots(figsize=(10.5, 4.6), layout="constrained")
+    picture = [[share.get((s, m), float("nan")) for s in settings] for m in methods]
+    image = axes.imshow(picture, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for (y, method), (x, setting) in product(enumerate(methods), enumerate(settings)):
+        if (setting, method) in found:
+            text = f"{mean_of(found[setting, method], 'hard_right'):.2f}"
+            color = "w" if share[setting, method] < 0.5 else "k"
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
+    names = [setting.replace(", ", "\n") for setting in settings]
+    axes.set_xticks(range(len(settings)), names, fontsize=7)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.xaxis.tick_top()
+    figure.colorbar(image, ax=axes, label="share of seeds that think", shrink=0.8)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+# ---- command
+def run_grid(name: str, out: Path, jobs: int) -> int:
+    """Makes the bases and the runs that are missing -> how many failed."""
+    grid, file = GRIDS[name], out / f"{name}.csv"
+    out.mkdir(parents=True, exist_ok=True)
+    bases = {
+        f"base {label(vars(task))}": partial(make_base, out, task)
+        for task in grid.tasks
+        if not folder_of(out, task).exists()
+    }
+    failed = run_all(jobs, bases, lambda base: f"lookups right {base['lookups_right']:.2f}")
+    made = [task for task in grid.tasks if folder_of(out, task).exists()]
+    before = [row for task in made for row in read_rows(folder_of(out, task) / "before.jsonl")]
+    write_csv(out / f"{name}-before.csv", [row for row in before if row["method"] in grid.methods])
+
+    rows = read_csv(file)
+    finished = {(label(row), row["method"], row["seed"], row["steps"]) for row in rows}
+    runs = {}  # seed by seed: a grid that is stopped early has all settings and methods
+    for seed, task, method in product(range(grid.seeds), made, grid.methods):
+        setting = label(vars(task))
+        if (setting, method, seed, grid.steps) not in finished:
+            job = partial(do_run, out, task, method, seed, grid.steps)
+            runs[f"{setting}: {method}, seed {seed}"] = job
+
+    def keep(row: dict) -> str:
+        rows.append(row)
+        write_csv(file, rows)
+        thinks = "thinks" if row["survives"] else "does not think"
+        return f"{thinks}, hard tokens {row['hard_right']:.2f} right, {row['seconds']} s"
+
+    return failed + run_all(jobs, runs, keep)
+
+
+def write_report(path: Path) -> None:
+    """path.csv, path-before.csv -> path.md, printed too, and path.svg if matplotlib is there."""
+    rows = read_csv(path.with_suffix(".csv"))
+    if not rows:
+        print("no finished runs")
+        return
+    before = read_csv(path.with_name(path.name + "-before.csv"))
+    text = report(rows, [row for row in before if row["method"] in NAMES])
+    path.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    if find_spec("matplotlib"):
+        draw_map(path.with_suffix(".svg"), rows)
+
+
+@exit_on_bad_input
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--grid", choices=list(GRIDS), default="quick")
     parser.add_argument("--quick", action="store_true", help="the same as --grid quick")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "lab")
     parser.add_argument("--report", action="store_true", help="no new runs: the tables so far")
     args = parser.parse_args()
-    name = "quick" if args.quick else args.grid
-    grid, out = GRIDS[name], args.out.resolve()
+    name, out = "quick" if args.quick else args.grid, args.out.resolve()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the child processes as well
     torch.set_num_threads(1)
-
-    failed = 0
-    if not args.report:
-        out.mkdir(parents=True, exist_ok=True)
-        bases = {
-            f"base {setting_name(task)}": partial(make_base, out, task, grid.methods)
-            for task in grid.tasks
-        }
-        failed += run_all(args.jobs, bases)
-        runs = {
-            str(run_folder(out, run).relative_to(out)): partial(do_run, out, run)
-            for run in cells(grid)
-            if (base_folder(out, run.task) / "base.json").exists()
-            and not (run_folder(out, run) / "result.json").exists()
-        }
-        failed += run_all(args.jobs, runs)
-    rows, before = collect(out, grid)
-    write_csv(out / f"{name}.csv", rows)
-    write_csv(out / f"{name}-before.csv", before)
+    failed = 0 if args.report else run_grid(name, out, args.jobs)
     write_report(out / name)
     if failed:
         sys.exit(f"{failed} failed; the same command runs them again")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    main()

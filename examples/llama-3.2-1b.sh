@@ -17,7 +17,7 @@ flags=(
   --max-trace 1024 --max-prompt 2048 --max-answer 1023
   --lr 5e-6                        # the paper's 2e-6 is for 3B to 8B; smaller models bear more
   --steps 400 --warmup 0.1
-  --eval-every 20 --save-every 50 --keep 2
+  --eval-every 20 --save-every 50
   --resume                         # the same command goes on after an interruption
 )
 python train.py "${flags[@]}" "$@"

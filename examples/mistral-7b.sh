@@ -10,12 +10,12 @@ flags=(
   --eval-data "${EVAL:-}"
   --out "${OUT:-runs/mistral-7b}"
   --dtype bfloat16
-  --activation-checkpointing full
+  --recompute
   --marker '[control_8]'           # one of the 768 control tokens v0.3 keeps free; v0.1 has none: leave the flag out, a token is added
   --questions 256 --updates 4 --traces 8 --micro-traces 2   # a head of 32k tokens is a quarter of Llama's: two branches at a time
   --max-trace 2048 --max-prompt 4096 --max-answer 2047
-  --lr 2e-6 --warmup 0.1 --weight-decay 0.01 --beta2 0.95 --eps 1e-15 --grad-clip 1.0
+  --lr 2e-6 --warmup 0.1 --weight-decay 0.01 --grad-clip 1.0
   --steps 810
-  --eval-every 20 --save-every 20 --keep 2
+  --eval-every 20 --save-every 20 --resume
 )
-torchrun --standalone --nproc-per-node "${GPUS:-8}" --max-restarts 3 train.py "${flags[@]}" "$@"
+torchrun --standalone --nproc-per-node "${GPUS:-8}" train.py "${flags[@]}" "$@"

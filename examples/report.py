@@ -18,13 +18,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from support.errors import InputError, OneLineParser, exit_on_bad_input  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input, refusing, require  # noqa: E402
 
 PARTS = Path(__file__).with_suffix("")
 POINTS = 200  # of a curve
@@ -43,44 +42,33 @@ SAMPLE_START = re.compile(rb'\{"step": \d+, "held_out": (true|false), ')
 
 # ---- reading a run
 def read_run(folder: Path, sample_bytes: int) -> dict:
-    """What the page shows of a run. sample_bytes: most bytes of its samples."""
-    try:
-        settings = parse((folder / "args.json").read_bytes(), folder / "args.json", OF_REWARD)
+    """What the page shows of a run, the --out folder of train.py. sample_bytes: most bytes of its
+    samples. InputError where a file is missing, half-written or not of a run."""
+    with refusing(folder):
+        settings = parse((folder / "args.json").read_bytes(), folder / "args.json")
         log = read_log(folder / "log.jsonl")
-        samples = read_samples(folder / "samples.jsonl", sample_bytes)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename}: {error.strerror}; {folder} should be the --out folder of train.py"
-        ) from None
-    if not log:
-        raise InputError(f"{folder / 'log.jsonl'}: holds no lines; nothing was logged yet")
-    curves = CURVES + TRACE_CURVES if settings["traces"] > 0 else CURVES
-    return {
-        "name": folder.resolve().name,
-        "settings": settings,
-        "curves": {name: thin(log, name) for name in curves},
-        "warnings": [[line["step"], text] for line in log for text in line.get("warnings", [])],
-        "samples": samples,
-    }
+        curves = CURVES + TRACE_CURVES if settings["traces"] > 0 else CURVES
+        return {
+            "name": folder.resolve().name,
+            "settings": settings,
+            "curves": {name: thin(log, name) for name in curves},
+            "warnings": [[line["step"], text] for line in log for text in line.get("warnings", [])],
+            "samples": read_samples(folder / "samples.jsonl", sample_bytes),
+        }
 
 
 def read_log(file: Path) -> list[dict]:
     with open(file, "rb") as lines:
-        return [parse(line, f"{file}:{number}", ["step"]) for number, line in enumerate(lines, 1)]
+        log = [parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+    require(log, f"{file}: holds no lines; nothing was logged yet")
+    return log
 
 
-def parse(text: bytes, where: str | Path, needed: Sequence[str]) -> dict:
+def parse(line: bytes, where: str | Path) -> dict:
     """The object of a line of JSON. A figure that is no number (NaN, inf) becomes None."""
-    if not text.endswith(b"\n"):
-        raise InputError(f"{where}: half-written; train.py --resume continues such a run")
-    try:
-        found = json.loads(text, parse_constant=lambda name: None)
-    except ValueError:
-        raise InputError(f"{where}: not JSON; it should be a line that train.py wrote") from None
-    missing = [name for name in needed if not isinstance(found, dict) or name not in found]
-    if missing:
-        raise InputError(f"{where}: no {missing[0]!r}; it should be a line that train.py wrote")
-    return found
+    require(line.endswith(b"\n"), f"{where}: half-written; train.py --resume continues such a run")
+    with refusing(where):
+        return json.loads(line, parse_constant=lambda name: None)
 
 
 def read_samples(file: Path, most_bytes: int) -> list[dict]:
@@ -90,9 +78,7 @@ def read_samples(file: Path, most_bytes: int) -> list[dict]:
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             start = SAMPLE_START.match(line)
-            if not start:
-                parse(line, f"{file}:{number}", ["step", "held_out"])
-                raise InputError(f"{file}:{number}: not a line that train.py wrote")
+            require(start, f"{file}:{number}: not a line that train.py wrote")
             lines_of[start[1]].append((number, offset))
             offset += len(line)
         total = len(lines_of[b"true"]) + len(lines_of[b"false"])
@@ -100,7 +86,7 @@ def read_samples(file: Path, most_bytes: int) -> list[dict]:
         taken = []
         for number, offset in evenly(lines_of[b"true"], count) + evenly(lines_of[b"false"], count):
             lines.seek(offset)
-            taken.append(parse_sample(lines.readline(), f"{file}:{number}"))
+            taken.append(parse(lines.readline(), f"{file}:{number}"))
     return taken
 
 
@@ -110,18 +96,6 @@ def evenly(items: list, count: int) -> list:
     if len(items) <= count:
         return items
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def parse_sample(line: bytes, where: str) -> dict:
-    sample = parse(line, where, ["question", "answer", "null_logp", "traces"])
-    try:
-        rows = [trace["logp"] for trace in sample["traces"]] + [sample["null_logp"]]
-        complete = all(len(row) == len(sample["answer"]) > 0 for row in rows)
-    except (KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise InputError(f"{where}: a trace should have one log-prob for each token of the answer")
-    return sample
 
 
 def thin(log: list[dict], name: str) -> list[list[float]]:
@@ -163,10 +137,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True, type=Path, help="the HTML file to write")
     args = parser.parse_args()
     page = make_page([read_run(run, SAMPLE_BYTES // len(args.runs)) for run in args.runs])
-    try:
-        args.out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{args.out}: {error.strerror}") from None
+    args.out.write_text(page, encoding="utf-8")
     print(f"wrote {args.out}, {len(page) / 1e6:.2f} MB; it opens in any browser")
 
 

@@ -22,9 +22,8 @@ NAMES = [name for name in AGGREGATORS if name != "exact_match"]  # its rewards a
 HOSTILE = (
     "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'><!-- <script>"
     " \x1b[31mred\x1b[0m \x07 \u2028 \u202e \U0001f600 שלום עולם &lt; ${window.ran = 3} "
-    + "deep "
-    * 400
 )
+HOSTILE += "deep " * 400
 
 
 def group(k: int, tokens: int, seed: int = 0, scale: float = 1.0) -> tuple[list, list]:
@@ -43,11 +42,10 @@ def write_run(folder: Path, steps: int = 2, text: str = "thinking", **settings) 
     (folder / "args.json").write_text(json.dumps(chosen) + "\n")
     with open(folder / "log.jsonl", "w") as log, open(folder / "samples.jsonl", "w") as samples:
         for step in range(steps + 1):
-            warnings = (
-                {"warnings": [f"vanishing_trace: trace_len_mean {text}"]} if step == 1 else {}
-            )
-            figures = {"eval_accuracy": 0.5, "eval_gain": step / steps, "trace_len_mean": 3.0}
-            log.write(json.dumps({"step": step} | figures | warnings) + "\n")
+            line = {"step": step, "eval_gain": step / steps, "trace_len_mean": 3.0}
+            if step == 1:
+                line["warnings"] = [f"vanishing_trace: trace_len_mean {text}"]
+            log.write(json.dumps(line) + "\n")
             for held_out in (True, False):
                 logp, null_logp = group(3, 5, seed=step)
                 traces = [
@@ -71,18 +69,15 @@ def in_node(groups: list[tuple[list, list]]) -> list[dict]:
         const figures = (name, [logp, nullLogp]) => {
           const { reward, weight } = aggregate(name, logp, nullLogp);
           const of = (center, scale) => advantages(reward, weight, center, scale);
-          return { reward, weight, mean: of("mean", "std"), loo: of("loo", "none") };
+          return { reward, weight, mean: of("mean", "std"), unscaled: of("mean", "none") };
         };
         const names = Object.keys(AGGREGATORS);
         console.log(JSON.stringify(GROUPS.map((group) =>
           Object.fromEntries(names.map((name) => [name, figures(name, group)])))));
     """
-    script = (report.PARTS / "aggregate.js").read_text(
-        "utf-8"
-    ) + f"const GROUPS = {json.dumps(groups)};"
-    done = subprocess.run(
-        [NODE, "-"], input=script + driver, capture_output=True, text=True, check=True
-    )
+    script = (report.PARTS / "aggregate.js").read_text("utf-8")
+    script += f"const GROUPS = {json.dumps(groups)};" + driver
+    done = subprocess.run([NODE, "-"], input=script, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -107,7 +102,7 @@ def test_rewards_weights_and_advantages_of_the_page_are_those_of_aggregate_py():
                 "reward": reward,
                 "weight": weight,
                 "mean": advantages(reward, weight=weight),
-                "loo": advantages(reward, "loo", "none", weight=weight),
+                "unscaled": advantages(reward, "mean", "none", weight=weight),
             }
             for key, value in expected.items():
                 found = torch.tensor(figures[key], dtype=torch.float64)
@@ -134,16 +129,10 @@ def test_in_a_browser_the_chooser_recomputes_the_numbers_and_a_hostile_trace_doe
       </script>
     """
     (tmp_path / "page.html").write_text(page + driver, encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    flags += ["--disable-background-networking", "--window-size=500,900", "--dump-dom"]
-    done = subprocess.run(
-        [CHROMIUM, *flags, (tmp_path / "page.html").as_uri()], capture_output=True, text=True
-    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking "
+    flags += f"--window-size=500,900 --dump-dom --user-data-dir={tmp_path / 'profile'}"
+    command = [CHROMIUM, *flags.split(), (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True)
     seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
 
     assert seen["ran"] == 0 and seen["elements"] == 0
@@ -197,19 +186,12 @@ def test_only_settings_that_differ_are_in_the_page(tmp_path):
     ("file", "text", "said"),
     [
         ("log.jsonl", '{"step": 1}\n{"step": 2, "ga', "log.jsonl:2: half-written"),
-        ("log.jsonl", "epoch,loss\n", "log.jsonl:1: not JSON"),
-        ("log.jsonl", '{"epoch": 1}\n', "log.jsonl:1: no 'step'"),
+        ("log.jsonl", "epoch,loss\n", "log.jsonl:1: "),
         ("log.jsonl", "", "log.jsonl: holds no lines"),
         ("log.jsonl", None, "No such file"),
-        ("args.json", "[]\n", "args.json: no 'aggregator'"),
-        ("samples.jsonl", '{"step": 1, "traces": []}\n', "samples.jsonl:1: no 'held_out'"),
+        ("args.json", "{}\n", "lacks 'traces'"),
+        ("samples.jsonl", '{"step": 1, "traces": []}\n', "samples.jsonl:1: not a line"),
         ("samples.jsonl", '{"step": 1, "held_out": true, "que', "samples.jsonl:1: half-written"),
-        (
-            "samples.jsonl",
-            '{"step": 1, "held_out": true, "question": "", "answer": ["a"], "null_logp": [0, 0], '
-            '"traces": []}\n',
-            "one log-prob for each token",
-        ),
     ],
 )
 def test_a_half_written_or_foreign_log_is_refused_in_one_line(tmp_path, file, text, said):
@@ -222,8 +204,7 @@ def test_a_half_written_or_foreign_log_is_refused_in_one_line(tmp_path, file, te
 
 
 def test_the_command_writes_the_page_and_refuses_with_exit_code_2(tmp_path, monkeypatch, capsys):
-    run = write_run(tmp_path / "run")
-    out = tmp_path / "page.html"
+    run, out = write_run(tmp_path / "run"), tmp_path / "page.html"
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "-o", str(out)])
     report.main()
     assert out.read_text("utf-8") == page_of(run)

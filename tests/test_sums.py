@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from support.tokenizer import Tokenizer
 from examples.hops import make as hops
 from examples.sums.make import SUMS, make_question
+from support.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("hard", [1, 3])
@@ -25,16 +25,14 @@ def test_the_hard_tokens_are_the_last_digits_of_the_sums(hard):
 def test_every_hop_of_a_worked_trace_adds_the_next_term():
     rng = random.Random(0)
     question, paths = make_question(hops.Task(), rng)
-    first, *terms = re.findall(r"\d", question)
+    before, *terms = re.findall(r"\d", question)
     trace, _ = hops.make_trace("worked", paths, rng, SUMS)
-    hop_texts = [hop.split() for hop in trace.split(" ,")[:-1]]
-    assert [term for _, _, term, _ in hop_texts] == terms
-    assert [int(number) for number, _, _, _ in hop_texts] == list(range(1, len(terms) + 1))
-    before = first
-    for _, a, term, b in hop_texts:
-        assert a == before
-        assert int(b) == (int(a) + int(term)) % 10
-        before = b
+    worked = [hop.split() for hop in trace.split(" ,")[:-1]]
+    assert len(worked) == len(terms)
+    for number, (hop, term) in enumerate(zip(worked, terms, strict=True), start=1):
+        after = str((int(before) + int(term)) % 10)
+        assert hop == [str(number), before, term, after]
+        before = after
 
 
 def test_the_tokenizer_has_every_word_of_the_documents(tmp_path):

@@ -48,8 +48,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the project's files are two folders up
 
-from data import Tokenizer  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
 from support.weights import save_model  # noqa: E402
 
 
@@ -109,21 +109,16 @@ def make_question(
     return f"{told} from {starts} go {hops} ?", paths
 
 
-def make_hop(number: int, a: str, b: str) -> str:
-    """One hop of a worked trace."""
-    return f"{number} {a} {b} ,"
-
-
 class Subject(NamedTuple):
     """What another task on the same documents replaces (examples/sums)."""
 
     make_question: Callable
-    make_hop: Callable
+    make_hop: Callable  # (number, name, next name) -> one hop of a worked trace
     names: Sequence[str]  # that a path consists of
     vocabulary: Sequence[str]
 
 
-POINTERS = Subject(make_question, make_hop, NAMES, VOCABULARY)
+POINTERS = Subject(make_question, "{} {} {} ,".format, NAMES, VOCABULARY)
 
 
 def make_trace(
@@ -208,11 +203,8 @@ def write_tokenizer(folder: Path, vocabulary: Sequence[str] = VOCABULARY) -> Non
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<unk>", END, MARKER])
     tokenizer.save(str(folder / "tokenizer.json"))
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END,
-        "unk_token": "<unk>",
-    }
+    described = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    described |= {"eos_token": END, "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
     ours = {"marker": MARKER, "prompt_format": "{question}"}
     (folder / "nrt.json").write_text(json.dumps(ours, indent=2) + "\n")

@@ -34,12 +34,8 @@ const weightedSum = (scale) => (c, n) => {
 
 // Two methods compare the K traces of a group: f(logp [K][T]) -> {reward [K], weight [K][T]}.
 function r3(logp) {
-  const spread = logp[0].map((_, i) =>
-    std(
-      logp.map((row) => row[i]),
-      0,
-    ),
-  );
+  const column = (i) => logp.map((row) => row[i]);
+  const spread = logp[0].map((_, i) => std(column(i), 0));
   const total = sum(spread);
   const share = spread.map((x) => (total === 0 ? 1 / spread.length : x / total));
   return {
@@ -84,7 +80,6 @@ function advantages(reward, weight, center = "mean", scale = "std") {
   const floor = ROUNDING * Math.max(...weight.map((row) => sum(row.map(Math.abs))));
   const spread = std(reward, 1);
   if (spread <= floor) return reward.map(() => 0);
-  const others = (x) => (sum(reward) - x) / (reward.length - 1);
-  const baseline = { mean: () => mean(reward), loo: others, none: () => 0 }[center];
-  return reward.map((x) => (x - baseline(x)) / (scale === "std" ? spread : 1));
+  const baseline = center === "mean" ? mean(reward) : 0;
+  return reward.map((x) => (x - baseline) / (scale === "std" ? spread : 1));
 }
