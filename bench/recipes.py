@@ -32,11 +32,10 @@ from torch import Tensor, nn
 import train
 from aggregate import advantages, aggregate
 from bench.machine import Laps, random_ids
-from data import Example, stream_seed
+from data import Example, Trace, stream_seed
+from model import prefill
 from reward import prompt_backward, prompt_leaves
 from sample import sample_traces
-from data import Trace
-from model import prefill
 from support import distributed
 from support.args import Args
 from support.distributed import gathered_view

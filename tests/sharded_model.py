@@ -12,10 +12,9 @@ import torch
 from test_train import MARKER, tiny_model, train_group
 
 import train
-from data import Example
+from data import Example, Trace
 from model import KEEP, Transformer
 from sample import sample_traces
-from data import Trace
 from support import distributed
 from support.args import Args
 from support.weights import load_model, save_model

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from support.metrics import SIGNS, collapse_warnings as warnings
-from support.metrics import Log, mean_correlation
+from support.metrics import SIGNS, Log, mean_correlation
+from support.metrics import collapse_warnings as warnings
 
 # A run that learns to think: nothing to warn of.
 HEALTHY = {

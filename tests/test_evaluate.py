@@ -11,14 +11,13 @@ import torch
 from test_sample import letters, line, next_logits, slow_trace
 
 import sample
-from data import Example
-from support.tokenizer import Tokenizer
+from data import Example, Trace
 from evaluate import FIGURES, evaluate, main, sampled_accuracy, show_gains
 from model import Transformer
 from sample import trace_ids
-from data import Trace
 from support.distributed import copy_token_rows
 from support.errors import InputError
+from support.tokenizer import Tokenizer
 from support.weights import save_model
 
 

@@ -19,8 +19,8 @@ from test_distributed import output_of, processes, start, workers
 import train
 from support import metrics
 from support.args import parse_args
-from support.run import LOCKS, checkpoints
 from support.errors import exit_on_bad_input
+from support.run import LOCKS, checkpoints
 from support.weights import load_model
 
 pytestmark = pytest.mark.slow

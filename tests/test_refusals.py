@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import sample
 import train
-from support.run import LOCKS
 from support.errors import exit_on_bad_input
+from support.run import LOCKS
 
 FUZZ = 25  # of each file
 NOISE = 8 * 2**20  # bytes that a command may take whatever its files hold; 0.2 MB were measured

@@ -11,10 +11,9 @@ from test_sample import Operations
 from torch import Tensor
 
 import reward
-from model import Config, Transformer
-from reward import Scores, micro_batches, prompt_backward, prompt_leaves, prompt_tensors, score
 from data import Trace
-from model import prefill
+from model import Config, Transformer, prefill
+from reward import Scores, micro_batches, prompt_backward, prompt_leaves, prompt_tensors, score
 
 EXACT = 1e-12  # relative to the largest element; the rounding of float64 adds up to 1e-14 here
 VOCAB, MARKER = 23, 5

@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.metadata import (
 
 import train
 from data import Pairs
-from support.tokenizer import Tokenizer
 from support import run as checkpoint_module
-from support.run import LOCKS, check_cover, checkpoints, newest_checkpoint
 from support.errors import printable
+from support.run import LOCKS, check_cover, checkpoints, newest_checkpoint
+from support.tokenizer import Tokenizer
 from support.weights import load_model, stored_dtypes
 
 NORM = "model.norm.weight"

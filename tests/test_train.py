@@ -20,18 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
 from aggregate import AGGREGATORS, advantages, aggregate, declares, sees_text
-from data import Example
-from support.tokenizer import Tokenizer
-from model import KEEP, Config, Transformer
+from data import Example, Trace
+from model import KEEP, Config, Transformer, prefill
 from reward import Scores, log_ratio, prompt_backward, prompt_leaves, score
 from sample import sample_traces
-from data import Trace
-from model import prefill
 from support import distributed
 from support.args import Args, hops_defaults, parse_args
-from support.run import command_of
 from support.errors import InputError, TrainingError, python
 from support.metrics import question_figures, step_figures
+from support.run import command_of
+from support.tokenizer import Tokenizer
 from support.weights import load_model, save_model
 from train import (
     LENGTH_SCALE,
