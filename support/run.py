@@ -325,7 +325,7 @@ def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 @contextmanager
 def first_failure() -> Iterator[None]:
-    """torch.distributed.checkpoint collects what went wrong on all ranks: raises the first of it."""
+    """torch.distributed.checkpoint collects the errors of all ranks: raises the first of them."""
     try:
         yield
     except CheckpointException as error:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import struct
 from collections.abc import Callable
