@@ -61,8 +61,6 @@ from support.weights import save_model, stored_dtypes
 MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 KEEP = 2  # checkpoints
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# torch.distributed.checkpoint warns a single process that it is one.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 OURS = re.compile(r"checkpoint-\d{6,}|final|args\.json|log\.jsonl|samples\.jsonl", re.ASCII)
 TEMPORARY = re.compile(rf"({OURS.pattern})(\.old)?\.tmp", re.ASCII)  # what a kill leaves
 
@@ -183,7 +181,7 @@ class Run:
                 # torch reads a piece that is missing as zeros
                 found = sum(map(math.prod, pieces.values())) == tensor.numel()
                 require(found, f"{folder}: lacks a part of {name}: is a file of it missing?")
-            with first_failure():
+            with plainly():
                 dcp.load(state, storage_reader=reader)
         for name, parameter in model.named_parameters():
             # fused AdamW wants the count on the device of the parameters
@@ -283,7 +281,7 @@ class Run:
             save_model(model, folder, whole=whole, writes=rank() == 0)
             # save_distributed: every rank writes its own rows
             writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
-            with first_failure():
+            with plainly():
                 dcp.save(moments(model, optimizer), storage_writer=writer)
             if rank() == 0:
                 tokenizer.save(folder)
@@ -324,12 +322,17 @@ def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 @contextmanager
-def first_failure() -> Iterator[None]:
-    """torch.distributed.checkpoint collects the errors of all ranks: raises the first of them."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+def plainly() -> Iterator[None]:
+    """torch.distributed.checkpoint collects the errors of all ranks: raises the first of them.
+
+    And it warns a single process that it is one: not shown.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
 
 # ---- directories that are whole or not there

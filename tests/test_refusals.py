@@ -5,6 +5,7 @@ must name. What the line says beside that is often a library's own text.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,13 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BRIEF
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import preflight
 import sample
 import train
-from support.errors import exit_on_bad_input
+from support.errors import exit_on_bad_input, printable
+from support.tokenizer import Tokenizer
+from support.weights import load_model
 
 OF_A_MODEL = ["--model=model", "--max-trace=4", "--device=cpu"]
 COMMANDS = {
@@ -99,6 +103,17 @@ def tensors(drop: str = "", **changed: torch.Tensor) -> Edit:
         save_file(kept | changed, file)
 
     return edit
+
+
+def lose_first_rows() -> None:
+    """The moments as if their first two rows were in another rank's file, which is gone."""
+    with safe_open(OPTIMIZER, "pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+    where = json.loads(metadata["DCP_SHARDING_INFO"])
+    for name in names:
+        where[name]["saved_offsets"][0] = 2
+    kept = {name: tensor[2:].contiguous() for name, tensor in load_file(OPTIMIZER).items()}
+    save_file(kept, OPTIMIZER, metadata | {"DCP_SHARDING_INFO": json.dumps(where)})
 
 
 def nothing() -> None:
@@ -242,6 +257,7 @@ RUN = [
     ("resume", merge(f"{LAST}/nrt.json", marker="a"), [], [LAST, "marker"]),
     *[("resume", put(OPTIMIZER, content), [], [LAST]) for content in (b"", b"short", EMPTY)],
     ("resume", lambda: shutil.copy(WEIGHTS, OPTIMIZER), [], [LAST]),
+    ("resume", lose_first_rows, [], [LAST, "lacks a part of"]),  # torch would read zeros
     ("resume", merge(f"{LAST}/config.json", num_hidden_layers=3), [], [LAST]),
     ("resume", put(f"{LAST}/model.safetensors", b"short"), [], [LAST]),
     ("resume", lambda: [shutil.rmtree(path) for path in Path("run").glob("c*")], [], ["final"]),
@@ -254,3 +270,61 @@ def test_what_cannot_be_used_is_refused_in_one_line_that_names_it(case, world, m
     command, edit, given, says = CASES[case]
     edit()
     assert_refused(command, given, says, monkeypatch, capfd)
+
+
+# ---- odd, and used all the same
+def test_special_tokens_that_rows_spell_out_are_counted_and_said(world, monkeypatch, capfd):
+    rows = [("a <eot> b", "c"), ("a", "b <eos> c"), ("a", "b <eos>"), ("a", "b")]
+    put(ROWS, "\n".join(json.dumps({"question": q, "answer": a}) for q, a in rows))()
+    assert run("train", ["--questions=1"], monkeypatch) == 0
+    says = "3 spell out special tokens, which they become, 1 answers go on after an eos"
+    assert says in capfd.readouterr().out
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused_only_where_a_row_spells_it_out(
+    world, monkeypatch, capfd
+):
+    tokenizer = Tokenizer("model")
+    tokenizer.model.add_special_tokens(["<far>", "<farther>"])
+    tokenizer.model.save(TOKENIZER)  # ids 10, which has a row, and 11
+    assert run("sample", [], monkeypatch) == 0
+    put(ROWS, GOOD + b'{"question": "<farther>", "answer": "b"}\n')()
+    capfd.readouterr()
+    assert_refused("evaluate", [], [SECOND, "<farther>"], monkeypatch, capfd)
+
+
+def test_a_model_in_memory_does_not_change_with_its_file(world):
+    model = load_model("model")
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    with open(WEIGHTS, "r+b") as file:
+        file.truncate(8)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_command_does_not_exceed_the_positions_of_its_model(world, monkeypatch, capfd):
+    config = Path(CONFIG)
+    merge(CONFIG, max_position_embeddings=12)()
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())  # a byte order mark is no part of it
+    flags = ["--max-trace=500", "--max-answer=500", "--temperature=3"]
+    assert run("sample", flags, monkeypatch) == 0
+    assert run("evaluate", ["--max-trace=500"], monkeypatch) == 0
+    assert "--max-trace 6" in capfd.readouterr().err
+
+
+def test_an_answer_does_not_move_the_cursor():
+    assert printable("a\x1b[2Jb\r\x07\u202e\n\tc é") == "a\\x1b[2Jb\\r\\x07\\u202e\n\tc é"
+
+
+def test_a_terminal_without_letters_beyond_ascii_shows_their_escapes(world, monkeypatch):
+    file = Path(TOKENIZER)
+    file.write_text(file.read_text().replace('"a"', '"aé"'), "utf-8")
+    put(ROWS, '{"question": "aé", "answer": "b"}\n' * 2)()
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    assert run("train", ["--out=é"], monkeypatch) == 0
+    assert run("train", ["--model=é"], monkeypatch) == 2
+    for stream in streams:
+        stream.flush()
+        assert "\\xe9" in stream.buffer.getvalue().decode("ascii")

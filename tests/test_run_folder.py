@@ -251,10 +251,13 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("command", "flags"), [("resume", []), ("train", ["--out=run", "--overwrite"])], ids=str
+)
 def test_a_kill_within_any_write_leaves_a_run_that_goes_on_to_the_same_end(
-    every, world, monkeypatch
+    command, flags, every, world, monkeypatch
 ):
-    """At every file that a resumed run opens for writing, renames or deletes, in turn."""
+    """At every file that the run opens for writing, renames or deletes, in turn."""
     writes, died = 0, 0
 
     def deadly(real):
@@ -270,7 +273,7 @@ def test_a_kill_within_any_write_leaves_a_run_that_goes_on_to_the_same_end(
         return call
 
     shutil.copytree("run", "kept")
-    assert run("resume", [], monkeypatch) == 0
+    assert run(command, flags, monkeypatch) == 0
     expected = contents("run", "final/*")
     while True:
         shutil.rmtree("run")
@@ -281,15 +284,16 @@ def test_a_kill_within_any_write_leaves_a_run_that_goes_on_to_the_same_end(
             for name in ("rename", "replace", "unlink"):
                 patched.setattr(Path, name, deadly(getattr(Path, name)))
             try:
-                assert run("resume", [], patched) == 0
+                assert run(command, flags, patched) == 0
                 break
             except Killed:
                 pass
         assert json.loads(Path("run/args.json").read_text())["model"] == "model"
-        newest = Path("run") / saved("run")[-1]
-        load_model(newest)
-        assert (newest / "progress.json").exists()
-        assert run("resume", [], monkeypatch) == 0
+        for name in saved("run"):
+            load_model(f"run/{name}")
+            assert Path(f"run/{name}/progress.json").exists()
+        assert command == "train" or len(saved("run")) >= 2
+        assert run(command, flags, monkeypatch) == 0
         assert contents("run", "final/*") == expected
         died += every
     assert died > 20
