@@ -73,6 +73,8 @@ from support.tokenizer import Tokenizer
 from support.weights import load_model, load_with_marker
 
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
+BETAS = (0.9, 0.95)  # AdamW, the paper's values; so is EPS
+EPS = 1e-15  # gradients divided by 512 are small, the usual 1e-8 would damp them
 SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
 
 
@@ -187,8 +189,8 @@ def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
         lr=args.lr,
-        betas=(0.9, 0.95),
-        eps=1e-15,  # gradients divided by 512 are small, the usual 1e-8 would damp them
+        betas=BETAS,
+        eps=EPS,
         weight_decay=args.weight_decay,
         fused=True,  # one pass over parameters, gradients and moments, without temporaries
     )
