@@ -6,9 +6,8 @@
 What is not implemented, missing or misshapen is refused in one line that names the file and the
 field or tensor: a silent default would train a different model.
 
-Nothing here knows of processes. A rank that holds a part of the rows of every tensor passes `rows`
-(which rows to read) and `whole` (how to gather a tensor that is written); support/distributed.py
-has both.
+Nothing here knows of processes: a rank that holds some rows of every tensor passes `whole`, how to
+gather a tensor that is written (support/distributed.py).
 """
 
 import shutil
@@ -129,30 +128,12 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in the Hugging Face directory `path`. InputError if it cannot be read."""
-    model = empty_model(read_config(path))
-    return assign(model, read_tensors(path, model, dtype, device))
+    """The model in the Hugging Face directory `path`.
 
-
-def empty_model(config: Config) -> Transformer:
-    """A model without storage (meta device): shapes alone, until `assign` gives it tensors."""
-    with refusing("config.json"), torch.device("meta"):
-        return Transformer(config)
-
-
-def read_tensors(
-    path: str | Path,
-    model: Transformer,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    rows: Callable[[int], slice] | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of a directory by the parameter names of `model`, which may be an empty model.
-
-    rows: number of rows of a tensor -> the rows to read; the others stay on disk. None reads all.
-    The result is a copy: a memory map would change with the file, or end the process with it.
+    Its tensors are copies: a memory map would change with the file, or end the process with it.
     InputError names the tensor that is missing, misshapen or unknown, or the unreadable file.
     """
+    model = empty_model(read_config(path))
     parameters = {file_name(name): (name, list(p.shape)) for name, p in model.named_parameters()}
     found = {}
     for file in weight_files(Path(path)):
@@ -170,11 +151,17 @@ def read_tensors(
                 shape, kind = stored.get_shape(), stored.get_dtype()
                 require(shape == right, f"{tensor} has shape {shape}, config.json says {right}")
                 require(kind in DTYPES, f"{tensor} is {kind}, it should be of {', '.join(DTYPES)}")
-                values = stored[rows(right[0])] if rows else tensors.get_tensor(stored_name)
+                values = tensors.get_tensor(stored_name)
                 found[name] = values.to(device=device, dtype=dtype, copy=True)
     for stored_name, (name, _) in parameters.items():
         require(name in found, f"{path}: tensor {stored_name} is missing")
-    return found
+    return assign(model, found)
+
+
+def empty_model(config: Config) -> Transformer:
+    """A model without storage (meta device): shapes alone, until `assign` gives it tensors."""
+    with refusing("config.json"), torch.device("meta"):
+        return Transformer(config)
 
 
 def assign(model: Transformer, state: dict[str, Tensor]) -> Transformer:
