@@ -15,7 +15,6 @@ from torch import Tensor
 
 import model
 import train
-from support.run import LOCKS
 from support.weights import save_model
 
 needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
@@ -33,7 +32,6 @@ def made(tmp_path_factory) -> Path:
     (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     back = os.getcwd()
     os.chdir(world)
-    LOCKS.clear()  # as below
     argv = ["--model=model", "--data=rows.jsonl", "--out=run", *BRIEF]
     train.train(train.parse_args(argv, ""))
     os.chdir(back)
@@ -45,7 +43,6 @@ def world(made, tmp_path, monkeypatch) -> Path:
     """A copy of its own, which is the working directory."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True, symlinks=True)
     monkeypatch.chdir(tmp_path)
-    LOCKS.clear()  # those of the same relative paths in another copy
     return tmp_path
 
 
