@@ -13,13 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import Config, Transformer
-from support.distributed import copy_token_rows
 from support.errors import InputError
 from support.weights import (
-    empty_model,
+    copy_token_rows,
     load_model,
     read_config,
-    read_tensors,
     save_model,
     stored_dtypes,
 )
@@ -233,19 +231,7 @@ def test_a_model_made_here_gets_a_config_that_reads_back_as_it_was(family, chang
     assert_same_weights(load_model(tmp_path, torch.float64), model)
 
 
-# ---- a part of the rows
-@pytest.mark.parametrize("name", ["llama32", "sharded"])
-def test_only_the_rows_asked_for_are_read(name):
-    model = empty_model(read_config(GOLDEN / name))
-    parts = [
-        read_tensors(GOLDEN / name, model, torch.float32, "cpu", rows)
-        for rows in (lambda count: slice(0, count // 3), lambda count: slice(count // 3, count))
-    ]
-    for parameter, tensor in load_model(GOLDEN / name).named_parameters():
-        pieces = [part[parameter] for part in parts]
-        assert len(pieces[0]) == len(tensor) // 3 and torch.equal(torch.cat(pieces), tensor)
-
-
+# ---- a model in parts
 def test_every_rank_gathers_every_tensor_and_one_writes(tmp_path):
     """Gathering a parameter of a split model needs a call of every rank, in the same order."""
     model = load_model(GOLDEN / "llama2")

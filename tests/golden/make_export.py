@@ -23,9 +23,8 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E402
 
 from model import Config, Transformer  # noqa: E402
-from support.distributed import copy_token_rows  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
-from support.weights import save_model  # noqa: E402
+from support.weights import copy_token_rows, save_model  # noqa: E402
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Who wrote this book?"}],
