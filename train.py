@@ -171,11 +171,13 @@ def train_step(
     for done, (example, traces) in enumerate(zip(questions, groups, strict=True), start=1):
         # An aggregator may draw random numbers (exact_match): same ones in every run.
         torch.manual_seed(stream_seed(args.seed, step, example.index))
+        last = done % (len(questions) // args.updates) == 0  # of an update
+        distributed.gather_once(model, last)
         outcome = train_question(model, tokenizer, example, traces, args, initial)
         figures.append(question_figures(outcome))
         first = first or outcome
         score_seconds += outcome.score_seconds
-        if done % (len(questions) // args.updates) == 0:
+        if last:
             norms.append(update(model, optimizer, lr, args.grad_clip))
     update_seconds = now() - sampled - score_seconds
 
