@@ -31,7 +31,7 @@ from support.errors import InputError, python
 from support.metrics import question_figures, step_figures
 from support.tokenizer import Tokenizer
 from support.weights import load_model, load_with_marker, save_model
-from train import LENGTH_SCALE, make_optimizer, train, train_question, update
+from train import LENGTH_SCALE, train, train_question, update
 
 ROOT = Path(__file__).parents[1]
 WORDS, MARKER, EOS = (0, 1, 2), 3, 4
@@ -251,11 +251,7 @@ def test_loss_and_gradient_are_the_docstrings_formula_in_any_micro_batches(chang
     model, args = tiny_model(), Args(**{"questions": 1, "traces": 8} | changes)
     # Another policy's traces: ratios differ from 1, and some leave the range.
     traces = sampled_group(tiny_model(7))
-    assert {(trace.finished, trace.cut_id) for trace in traces} == {
-        (True, None),
-        (False, EOS),
-        (False, None),
-    }
+    assert len({(trace.finished, trace.cut_id) for trace in traces}) == 3  # every kind of end
     expected = formula(model, traces, args)
     expected.sum().backward()
     exact = gradient(model)
@@ -362,10 +358,8 @@ def test_every_aggregator_trains_in_fp32_and_bf16(name, dtype):
 
 
 def test_a_reward_of_ones_own_sees_the_question_and_its_traces(monkeypatch):
-    seen = []
-
     def brief(logp, null_logp, example, traces, tokenizer):
-        seen.append((example, tokenizer))
+        assert (example, tokenizer) == (EXAMPLE, TOKENIZER)
         return torch.tensor([-float(len(trace.ids)) for trace in traces])
 
     monkeypatch.setitem(AGGREGATORS, "brief", brief)
@@ -373,7 +367,6 @@ def test_a_reward_of_ones_own_sees_the_question_and_its_traces(monkeypatch):
     traces = sampled_group(model)
     outcome = train_question(model, TOKENIZER, EXAMPLE, traces, args)
     assert outcome.reward.tolist() == [-len(trace.ids) for trace in traces]
-    assert seen == [(EXAMPLE, TOKENIZER)]
 
 
 # ---- an update
@@ -389,12 +382,6 @@ def test_an_update_clips_the_gradient_and_is_not_applied_where_it_is_not_finite(
         step = 0.5 * 2.0 / len(before) ** 0.5  # of the first update; the others are not applied
         torch.testing.assert_close(before - after, torch.full_like(before, step), rtol=1e-5, atol=0)
         assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_the_optimizer_is_the_papers():
-    (group,) = make_optimizer(tiny_model(), Args(lr=2e-6)).param_groups
-    paper = {"lr": 2e-6, "betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.01}
-    assert {name: group[name] for name in paper} == paper
 
 
 def test_bf16_computes_while_fp32_gradients_collect_what_bf16_would_lose():
