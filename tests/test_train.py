@@ -358,12 +358,13 @@ def test_every_aggregator_trains_in_fp32_and_bf16(name, dtype):
 
 
 def test_a_reward_of_ones_own_sees_the_question_and_its_traces(monkeypatch):
-    def brief(logp, null_logp, example, traces, tokenizer):
+    def minus_length(logp, null_logp, example, traces, tokenizer):
         assert (example, tokenizer) == (EXAMPLE, TOKENIZER)
         return torch.tensor([-float(len(trace.ids)) for trace in traces])
 
-    monkeypatch.setitem(AGGREGATORS, "brief", brief)
-    model, args = tiny_model(), Args(questions=1, traces=8, aggregator="brief", micro_traces=2)
+    monkeypatch.setitem(AGGREGATORS, "minus_length", minus_length)
+    model = tiny_model()
+    args = Args(questions=1, traces=8, aggregator="minus_length", micro_traces=2)
     traces = sampled_group(model)
     outcome = train_question(model, TOKENIZER, EXAMPLE, traces, args)
     assert outcome.reward.tolist() == [-len(trace.ids) for trace in traces]
