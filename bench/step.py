@@ -49,6 +49,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aggregate import advantages, aggregate
@@ -218,7 +219,7 @@ def load_transformers(args: Args) -> tuple[nn.Module, nn.Module]:
         for parameter, low in pairs:
             low.copy_(parameter)
 
-    torch.optim.optimizer.register_optimizer_step_post_hook(copy_parameters)
+    register_optimizer_step_post_hook(copy_parameters)
     return model, policy
 
 
