@@ -50,11 +50,15 @@ from support.errors import OneLineParser, exit_on_bad_input, require
 
 TOTAL = 540  # seconds
 
-Section = tuple[
-    str, int, int, str
-]  # name, limit in seconds, lines in the table, python's arguments
+# Name, limit in seconds, lines in the table, python's arguments.
+Section = tuple[str, int, int, str]
 SECTIONS: list[Section] = [
-    ("contact", 50, 4, "{pytest} tests/test_device.py tests/test_sample.py -k '{contact}'"),
+    (
+        "contact",
+        50,
+        4,
+        "{pytest} tests/test_device.py tests/test_sample.py -k 'flash or cuda_graph'",
+    ),
     ("train", 40, 4, "train.py --device {device} --dtype bfloat16 {few} --steps 3 --out {work}/r"),
     ("resume", 20, 4, "train.py --resume --steps 4 --out {work}/r"),
     ("head tests", 110, 4, "{pytest} tests/test_logprob.py {parallel}"),
@@ -73,7 +77,6 @@ HEAD_ONCE = "--memory-of ours total 8 64 512"  # a CPU takes a process for each 
 WORDS = {
     "device": ("cuda", "cpu"),
     "pytest": ("-m pytest", "-m pytest --collect-only"),
-    "contact": ("in_flash_attention or cuda_graph",) * 2,
     "parallel": ("-n 8", ""),
     "few": ("", "--questions 2 --traces 2 --eval-questions 2 --max-trace 4"),
     "steps": ("30", "2"),

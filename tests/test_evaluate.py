@@ -21,25 +21,38 @@ from support.errors import InputError, exit_on_bad_input
 from support.tokenizer import Tokenizer
 from support.weights import load_with_marker, save_model
 
+MAX_TRACE = 6
+
+
+def example(tokenizer: Tokenizer, question: str, gold: str) -> Example:
+    prompt, answer = tokenizer.encode_prompt(question), tokenizer.encode_answer(gold)
+    return Example(0, prompt, answer, question, gold)
+
+
+def greedy_trace(model: Transformer, tokenizer: Tokenizer, prompt: list[int]) -> Trace:
+    marker, limit = tokenizer.marker_id, torch.zeros(MAX_TRACE)
+    return slow_trace(model, prompt, limit, 0.0, [marker], tokenizer.cut_ids)
+
+
+def greedy_answer(
+    model: Transformer, tokenizer: Tokenizer, read: list[int], limit: int
+) -> str | None:
+    """None: it has not ended within `limit` tokens."""
+    answer = slow_trace(model, read, torch.zeros(limit), 0.0, tokenizer.eos_ids)
+    return tokenizer.decode(answer.ids).strip() if answer.finished else None
+
 
 @torch.no_grad()
 def slow_figures(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int
+    model: Transformer, tokenizer: Tokenizer, examples: list[Example]
 ) -> tuple[dict, list[Trace]]:
     """The figures by their definitions, one example and one token at a time."""
-    marker, rows, traces = tokenizer.marker_id, [], []
-    for example in examples:
-        limit = torch.zeros(max_trace)
-        traces.append(slow_trace(model, example.prompt, limit, 0.0, [marker], tokenizer.cut_ids))
-
-    def answered(example: Example, context: list[int]) -> Trace:
-        limit = torch.zeros(len(example.answer))
-        read = [*example.prompt, *context]
-        return slow_trace(model, read, limit, 0.0, tokenizer.eos_ids)
+    marker, rows = tokenizer.marker_id, []
+    traces = [greedy_trace(model, tokenizer, example.prompt) for example in examples]
 
     def right(example: Example, context: list[int]) -> bool:
-        answer = answered(example, context)
-        return answer.finished and tokenizer.decode(answer.ids).strip() == example.gold
+        read = [*example.prompt, *context]
+        return greedy_answer(model, tokenizer, read, len(example.answer)) == example.gold
 
     def gold_logp(example: Example, context: list[int]) -> float:
         total = 0.0
@@ -61,24 +74,15 @@ def slow_figures(
     return means, traces
 
 
-def example(tokenizer: Tokenizer, question: str, gold: str) -> Example:
-    return Example(
-        0, tokenizer.encode_prompt(question), tokenizer.encode_answer(gold), question, gold
-    )
-
-
-def examples_to_get_right_and_wrong(
-    model: Transformer, tokenizer: Tokenizer, max_trace: int
-) -> list[Example]:
+def examples_to_get_right_and_wrong(model: Transformer, tokenizer: Tokenizer) -> list[Example]:
     """Gold answers: in turn what the model answers after a trace, after the empty one, neither."""
     generator, examples, marker = torch.Generator().manual_seed(1), [], tokenizer.marker_id
     for i in range(12):
         prompt = torch.randint(3, 9, (1 + i % 5,), generator=generator).tolist()
-        trace = slow_trace(model, prompt, torch.zeros(max_trace), 0.0, [marker], tokenizer.cut_ids)
-        read = [*prompt, *(trace_ids(trace, marker) if i % 3 == 0 else [marker])]
-        answer = slow_trace(model, read, torch.zeros(8), 0.0, tokenizer.eos_ids)
-        gold = tokenizer.decode(answer.ids) if i % 3 < 2 and answer.finished else ""
-        gold = gold or "a b c"[: 1 + 2 * (i % 3)]
+        thought = trace_ids(greedy_trace(model, tokenizer, prompt), marker)
+        read = [*prompt, *(thought if i % 3 == 0 else [marker])]
+        answer = greedy_answer(model, tokenizer, read, limit=8) if i % 3 < 2 else None
+        gold = answer or "a b c"[: 1 + 2 * (i % 3)]
         examples.append(example(tokenizer, tokenizer.decode(prompt), gold))
     return examples
 
@@ -86,8 +90,8 @@ def examples_to_get_right_and_wrong(
 @pytest.mark.parametrize("seed", [54, 84])
 def test_held_out_figures_equal_their_definitions(seed, tmp_path):
     model, tokenizer = tiny.model(seed), letters(tmp_path)
-    examples = examples_to_get_right_and_wrong(model, tokenizer, max_trace=6)
-    expected, traces = slow_figures(model, tokenizer, examples, max_trace=6)
+    examples = examples_to_get_right_and_wrong(model, tokenizer)
+    expected, traces = slow_figures(model, tokenizer, examples)
     assert 0 < expected["eval_accuracy"] < 1 and 0 < expected["eval_accuracy_null"] < 1
     assert expected["eval_accuracy"] != expected["eval_accuracy_null"]
     assert abs(expected["eval_gain"]) > 0.01
@@ -159,7 +163,7 @@ def test_the_command_shows_trace_and_answer_and_what_the_trace_does_to_the_gold_
     asked = ["--question", f" {question} ", "--max-answer=20"]
     shown = command(monkeypatch, capsys, *asked, "--gold=a b")
     assert shown[:2] == command(monkeypatch, capsys, *asked, main=sample.main)
-    figures, _ = slow_figures(*saved, [example(saved[1], question, "a b")], 6)
+    figures, _ = slow_figures(*saved, [example(saved[1], question, "a b")])
     gold_shown, gain_shown = shown[2:]
     assert gold_shown.startswith("gold    a (") and "<eos> (" in gold_shown
     assert gain_shown.endswith(f"gain {figures['eval_gain']:+.2f} nats")
@@ -178,7 +182,7 @@ def test_gains_are_numbers_in_a_file_and_shades_of_green_and_red_on_a_terminal(
 def test_the_command_scores_a_data_set_and_stores_what_was_predicted(saved, monkeypatch, capsys):
     asked = ["--data=rows.jsonl", "--limit=2", "--predictions=predictions.jsonl"]
     shown = command(monkeypatch, capsys, *asked)
-    expected, _ = slow_figures(*saved, [example(saved[1], *row) for row in ROWS[:2]], 6)
+    expected, _ = slow_figures(*saved, [example(saved[1], *row) for row in ROWS[:2]])
     assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
     rows = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
     assert [(row["question"], row["gold"]) for row in rows] == ROWS[:2]
