@@ -103,7 +103,7 @@ def run(section: Section, limit: float, words: dict[str, str], log: Path) -> dic
     name, _, lines, command = section
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as printed, log.open("a") as errors:
-        print(f"==== {name}: python {command}", file=errors, flush=True)
+        print(f"\n==== {name}: python {command}", file=errors, flush=True)
         process = subprocess.Popen(
             [sys.executable, *shlex.split(command.format(**words))],
             cwd=machine.ROOT,
@@ -126,11 +126,13 @@ def run(section: Section, limit: float, words: dict[str, str], log: Path) -> dic
         text = printed.read()
         shown = text.splitlines()
         if outcome != "ok":
-            shown += log.read_text().splitlines()[-3:]  # what it said on stderr
+            stderr = log.read_text().rpartition("\n==== ")[2]
+            shown += stderr.splitlines()[1:][-3:]
         errors.write(text)
-    row = {"name": name, "command": command, "outcome": outcome}
+    row = {"name": name, "outcome": outcome}
+    row["command"] = command.format(**words | {"work": "WORK"})
     row["seconds"] = round(time.monotonic() - began, 1)
-    if shown and shown[-1].startswith("{"):
+    if outcome == "ok" and shown and shown[-1].startswith("{"):
         row["result"] = json.loads(shown.pop())
     return row | {"printed": [line[:200] for line in shown[-lines:]]}
 
