@@ -6,12 +6,19 @@ import pytest
 
 from support.metrics import SIGNS, Log, mean_correlation, signs_of_collapse
 
-# A run that learns to think; all K traces are right.
-HEALTHY = {"trace_len_mean": 12.0, "trace_len_max": 20, "rep_frac": 0.1, "zero_std_frac": 0.95}
-HEALTHY |= {"gain": 2.0, "gold_logp_null": -3.0}
-HEALTHY |= {"eval_gain": 2.0, "eval_gain_shuffled": -1.0, "eval_trace_len": 12.0}
-SFT = {"trace_len_mean": 0.0, "trace_len_max": 0, "rep_frac": 0.0, "zero_std_frac": 1.0}
-SFT |= {"gain": 0.0, "eval_gain": 0.0, "eval_gain_shuffled": 0.0, "eval_trace_len": 1.0}
+# A run that learns to think: nothing to warn of.
+HEALTHY = {
+    "trace_len_mean": 12.0,
+    "trace_len_max": 20,
+    "rep_frac": 0.1,
+    "zero_std_frac": 0.95,  # all K traces are right
+    "gain": 2.0,
+    "gold_logp_null": -3.0,
+    "eval_gain": 2.0,
+    "eval_gain_shuffled": -1.0,
+    "eval_trace_len": 12.0,
+}
+SFT = dict.fromkeys(HEALTHY, 0.0) | {"zero_std_frac": 1.0, "eval_trace_len": 1.0}
 BAD = {
     "vanishing_trace": {"trace_len_mean": 1.2},
     "repeated_trace": {"rep_frac": 0.8},
