@@ -233,8 +233,9 @@ def check_args(args: Args) -> None:
         text = "one reward has no std; take --scale none"
         check(args.scale == "none", "traces scale", text)
     if args.traces == 0:
-        text = "plain SFT on the empty trace: --null and --clip-null mean nothing there"
-        check(args.null == "policy" and not args.clip_null, "traces", text)
+        text = "plain SFT on the empty trace: --null, --clip-null, --answer-weight mean nothing"
+        defaults = (args.null, args.clip_null, args.answer_weight) == ("policy", False, "fixed")
+        check(defaults, "traces", text)
     alone = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
     text = "the null think has no reward outside the group"
     check(alone or not args.clip_null, "clip_null aggregator", text)
