@@ -161,8 +161,8 @@ AGGREGATORS = {
 def find_aggregator(name: str) -> Callable[..., Tensor]:
     """A function of AGGREGATORS by its name, or `function` of a Python file by "file.py:function".
 
-    The file is run: it is the user's own code. Raises ValueError for an unknown name, what running
-    the file raises, and KeyError if it defines no such function.
+    The file is run: it is the user's own code. Raises ValueError for an unknown name, and what
+    running the file raises.
     """
     if name in AGGREGATORS:
         return AGGREGATORS[name]
@@ -170,7 +170,10 @@ def find_aggregator(name: str) -> Callable[..., Tensor]:
     if not file.endswith(".py"):
         known = ", ".join(AGGREGATORS)
         raise ValueError(f"unknown aggregator {name!r}; there are {known}, and FILE.py:FUNCTION")
-    return runpy.run_path(file)[function]
+    defined = runpy.run_path(file)
+    if function not in defined:
+        raise ValueError(f"{file}: defines no function {function!r}")
+    return defined[function]
 
 
 def declares(name: str, attribute: str) -> bool:

@@ -233,8 +233,9 @@ def check_args(args: Args) -> None:
         text = "one reward has no std; take --scale none"
         check(args.scale == "none", "traces scale", text)
     if args.traces == 0:
-        text = "plain SFT on the empty trace: --null and --clip-null mean nothing there"
-        check(args.null == "policy" and not args.clip_null, "traces", text)
+        text = "plain SFT on the empty trace: --null, --clip-null, --answer-weight mean nothing"
+        defaults = (args.null, args.clip_null, args.answer_weight) == ("policy", False, "fixed")
+        check(defaults, "traces", text)
     alone = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
     text = "the null think has no reward outside the group"
     check(alone or not args.clip_null, "clip_null aggregator", text)
@@ -295,6 +296,7 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
         trained = tokenizer.trained_marker
         text = f"was trained with {trained!r}" if trained else "train.py adds it to a base"
         raise InputError(f"{args.model}: has no marker {tokenizer.marker!r}: {text}")
+    require(args.seed >= 0, f"--seed {args.seed}: should be 0 or more")
     with refusing(f"--device {args.device}"):
         torch.empty(0, device=args.device)
     dtype = getattr(torch, args.dtype)
