@@ -24,9 +24,11 @@ import shlex
 import shutil
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -59,6 +61,8 @@ from support.weights import save_model, stored_dtypes
 MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 KEEP = 2  # checkpoints
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# torch.distributed.checkpoint warns a single process that it is one.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 OURS = re.compile(r"checkpoint-\d{6,}|final|args\.json|log\.jsonl|samples\.jsonl", re.ASCII)
 TEMPORARY = re.compile(rf"({OURS.pattern})(\.old)?\.tmp", re.ASCII)  # what a kill leaves
 
@@ -71,12 +75,16 @@ class Run:
     log = run.open(...)        from here on the folder is written to
     run.after_step(...)        bad updates, signals, checkpoints
     run.finish(...)            final/
+
+    A process has one run at a time: a new one takes the lock of one whose train() raised.
     """
 
+    lock: IO | None = None  # of the process, an open file: closing it releases the lock
+
     def __init__(self, args: Args) -> None:
+        self.release()
         self.args = args
         self.out = Path(args.out)
-        self.lock = None  # the file, open: closing it would release the lock
         self.checkpoint: Path | None = on_first_rank(self.check)  # to continue from
         self.step = 0  # the last one that is done
         self.position = 0  # in the stream of rows (data.next_examples)
@@ -96,10 +104,10 @@ class Run:
                 "take another folder, --resume it or --overwrite it"
             )
         is_run = "marker_weight" in read_json(out / "args.json")  # of any version of this program
-        strange = [] if is_run else found if self.lock else found + temporary
-        for path in strange:
-            text = f"holds {path.name}, but no args.json of a run; take another folder"
-            raise InputError(f"--out {out} {text}")
+        begun = out / "args.json.tmp" if Run.lock else None  # a kill before the first file
+        for path in found + temporary:
+            text = f"--out {out} holds {path.name}, but no args.json of a run; take another folder"
+            require(is_run or path == begun, text)
         for name in ("model", "data", "eval_data"):
             source = Path(getattr(args, name)).resolve()
             for path in temporary + (found if args.overwrite else []):
@@ -123,21 +131,26 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """In the order of their steps: after checkpoint-999999 comes checkpoint-1000000."""
         found = [path for path in self.holdings()[0] if path.name.startswith("checkpoint-")]
-        return sorted(found, key=step_of)
+        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
     def take_lock(self) -> None:
-        """Locks the folder until this process ends; InputError if another one holds it."""
-        if self.lock:
+        """Locks the folder while this process runs in it; InputError if another one holds it."""
+        if Run.lock:
             return
         name = self.out / "run.lock"
-        self.lock = open(name, "a")
+        Run.lock = open(name, "a")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             text = f"another process writes there and holds {name}: wait for it or end it"
             raise InputError(f"--out {self.out}: {text}") from None
         except OSError as error:  # a file system without locks
             print(f"note: {name} cannot be locked: {error.strerror}", flush=True)
+
+    def release(self) -> None:
+        if Run.lock:
+            Run.lock.close()
+        Run.lock = None
 
     # ---- resuming
     def restore(
@@ -157,7 +170,7 @@ class Run:
         folder = self.checkpoint / "optimizer"
         with refusing(f"{self.checkpoint}: not a checkpoint that can be resumed"):
             progress = read_json(self.checkpoint / "progress.json")
-            self.step, self.position = progress["step"], progress["position"]
+            self.step, self.position = int(progress["step"]), int(progress["position"])
             updates = float(progress["updates"])
             same = progress["data"] == pairs.digest
             text = f"has changed since {self.checkpoint}: a position in it means other rows"
@@ -170,10 +183,8 @@ class Run:
                 # torch reads a piece that is missing as zeros
                 found = sum(map(math.prod, pieces.values())) == tensor.numel()
                 require(found, f"{folder}: lacks a part of {name}: is a file of it missing?")
-            try:
-                quietly(dcp.load, state, storage_reader=reader)
-            except CheckpointException as error:  # what went wrong on the first rank that failed
-                raise next(iter(error.failures.values()))[0] from None
+            with first_failure():
+                dcp.load(state, storage_reader=reader)
         for name, parameter in model.named_parameters():
             # fused AdamW wants the count on the device of the parameters
             count = torch.tensor(updates, device=parameter.device)
@@ -182,7 +193,8 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do; says so."""
-        finished = self.step >= self.args.steps and (self.out / "final").exists()
+        final = read_json(self.out / "final/progress.json").get("step")  # may be of fewer --steps
+        finished = self.step >= self.args.steps and self.step == final
         if finished and rank() == 0:
             steps = f"step {self.step} of {self.args.steps}"
             print(f"{self.out} is finished: {steps}; --steps N would continue it")
@@ -243,6 +255,7 @@ class Run:
         if due or stop:
             self.save_checkpoint(model, optimizer, tokenizer, pairs.digest)
         if stop:
+            self.restore_signals()
             command = shlex.join([python(), "train.py", "--resume", "--out", str(self.out)])
             text = f"step {self.step} is saved; {command} continues after it"
             stopped = Interrupted(text, stop)
@@ -269,7 +282,8 @@ class Run:
             save_model(model, folder, whole=whole, writes=rank() == 0)
             # save_distributed: every rank writes its own rows
             writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
-            quietly(dcp.save, moments(model, optimizer), storage_writer=writer)
+            with first_failure():
+                dcp.save(moments(model, optimizer), storage_writer=writer)
             if rank() == 0:
                 tokenizer.save(folder)
                 updates = max(int(state["step"]) for state in optimizer.state.values())
@@ -290,16 +304,12 @@ class Run:
             save_model(model, folder, self.dtypes, whole=whole, writes=rank() == 0)
             if rank() == 0:
                 tokenizer.save(folder)
+                write_json(folder / "progress.json", {"step": self.step})
 
         self.restore_signals()
         write_directory(self.out / "final", write)
-        if self.lock:
-            self.lock.close()
+        self.release()
         return self.out / "final"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -312,11 +322,13 @@ def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, T
     return found
 
 
-def quietly(function: Callable, *args: object, **kwargs: object) -> None:
-    """torch.distributed.checkpoint warns a single process that it is one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        function(*args, **kwargs)
+@contextmanager
+def first_failure() -> Iterator[None]:
+    """torch.distributed.checkpoint collects the errors of all ranks: raises the first of them."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 # ---- directories that are whole or not there
@@ -345,7 +357,7 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         gather_objects(None)  # all have written
         on_first_rank(publish)
-    except (OSError, SafetensorError, CheckpointException) as error:  # the disk is full
+    except (OSError, SafetensorError) as error:  # the disk is full
         if rank() == 0:
             discard(temporary)
         text = f"{path}: cannot be written: {error}; what is there is complete"

@@ -7,23 +7,20 @@ as they can be: equal and short on one, of very different lengths on the other.
 import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import tiny
 import torch
-from test_train import MARKER, tiny_model, train_group
 
-import train
 from data import Example, Trace
-from model import KEEP, Transformer
+from model import Transformer
 from sample import sample_traces
 from support import distributed
 from support.args import Args
 from support.weights import load_model, save_model
+from train import train_question
 
-MODES = {
-    "whole": {},
-    "whole, several forwards": {"max_trace": 3000},  # FORWARD_TOKENS // 3000 = 2 branches each
-    "micro": {"micro_traces": 2},
-}
+TOKENIZER = SimpleNamespace(marker_id=3)
 
 
 def question(rank: int) -> tuple[Example, list[Trace]]:
@@ -32,7 +29,7 @@ def question(rank: int) -> tuple[Example, list[Trace]]:
     lengths = [1, 1, 1, 1] if rank % 2 else [40, 0, 7, 90]
     traces = []
     for length in lengths:
-        ids = [*([0, 1, 2] * length)[:length], MARKER]
+        ids = [*([0, 1, 2] * length)[:length], TOKENIZER.marker_id]
         traces.append(Trace(ids, [-1.0] * len(ids), finished=True))
     return Example(rank, prompt, answer, question="", gold=""), traces
 
@@ -51,36 +48,35 @@ def collect_in_fp32(model: Transformer) -> None:
 
 def check_gradients(folder: Path, dtype: torch.dtype) -> None:
     """The sum over the ranks is the gradient that a plain model has on all questions."""
-    model = distributed.shard(distributed.load(folder, "cpu"), dtype)
-    for mode, keep in itertools.product(MODES, KEEP):
-        args = Args(questions=distributed.world_size(), traces=4, **MODES[mode])
+    model = distributed.shard(load_model(folder), dtype)
+    for micro_traces, recompute in itertools.product((0, 2), (False, True)):
+        args = Args(questions=distributed.world_size(), traces=4, micro_traces=micro_traces)
         plain = load_model(folder, dtype)
-        plain.activation_checkpointing = model.activation_checkpointing = keep
+        plain.recompute = model.recompute = recompute
         collect_in_fp32(plain)
         for rank in range(distributed.world_size()):
-            example, traces = question(rank)
-            train_group(plain, traces, args, example=example)
-        example, traces = question(distributed.rank())
-        figures = train_group(model, traces, args, example=example)
+            train_question(plain, TOKENIZER, *question(rank), args)
+        outcome = train_question(model, TOKENIZER, *question(distributed.rank()), args)
         if distributed.rank() % 2:  # equal traces: equal rewards, hence no advantage
-            assert len(set(figures["reward"])) == 1 and not any(figures["advantage"])
+            assert len(set(outcome.reward.tolist())) == 1 and not outcome.advantage.any()
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert ours.grad.dtype == torch.float32
             apart = (distributed.whole(ours.grad) - theirs.main_grad).norm()
-            assert apart <= 1e-6 * theirs.main_grad.norm(), (folder, dtype, mode, keep, name)
+            case = (folder, dtype, micro_traces, recompute, name)
+            assert apart <= 1e-6 * theirs.main_grad.norm(), case
         model.zero_grad()
 
 
 def check_gathered_view(folder: Path, dtype: torch.dtype) -> None:
     """It samples what a plain model samples, and is freed before the training pass."""
-    model = distributed.shard(distributed.load(folder, "cpu"), dtype)
+    model = distributed.shard(load_model(folder), dtype)
     plain = load_model(folder, dtype)
     with distributed.gathered_view(model) as view:
         tensors = list(view.parameters())
         for ours, theirs in zip(tensors, plain.parameters(), strict=True):
             assert type(ours) is torch.nn.Parameter and torch.equal(ours, theirs)
-        [traces] = sample_traces(view, [[0, 4, 2]], 4, 9, stop_ids=[MARKER])
-    [expected] = sample_traces(plain, [[0, 4, 2]], 4, 9, stop_ids=[MARKER])
+        [traces] = sample_traces(view, [[0, 4, 2]], 4, 9, stop_ids=[TOKENIZER.marker_id])
+    [expected] = sample_traces(plain, [[0, 4, 2]], 4, 9, stop_ids=[TOKENIZER.marker_id])
     assert [trace.ids for trace in traces] == [trace.ids for trace in expected]
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
 
@@ -92,17 +88,16 @@ def check_gathered_view(folder: Path, dtype: torch.dtype) -> None:
 
     for layer in model.layers:
         layer.mlp.register_full_backward_hook(count)
-    example, traces = question(distributed.rank())
-    train_group(model, traces, Args(questions=2, traces=4), example=example)
+    args = Args(questions=2, traces=4)
+    train_question(model, TOKENIZER, *question(distributed.rank()), args)
     assert 1 <= min(at_once) and max(at_once) <= 2 < len(model.layers)
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
 
 
 def main(folder: Path) -> None:
     distributed.start("cpu", torch.bfloat16)
-    assert train.FORWARD_TOKENS // MODES["whole, several forwards"]["max_trace"] == 2
     for tied, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
-        model = tiny_model(dtype=torch.float32, tie_word_embeddings=tied, num_hidden_layers=4)
+        model = tiny.model(0, torch.float32, tie_word_embeddings=tied, num_hidden_layers=4)
         path = folder / f"tied-{tied}"
         distributed.on_first_rank(lambda model=model, path=path: save_model(model, path))
         check_gradients(path, dtype)

@@ -12,19 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import BRIEF, needs_proc
-from test_distributed import output_of, processes, start, workers
+from test_distributed import WALL_CLOCK, output_of, processes, start, workers
 
 import train
 from support import metrics
 from support.args import parse_args
 from support.errors import exit_on_bad_input
-from support.run import LOCKS, checkpoints
 from support.weights import load_model
 
 pytestmark = pytest.mark.slow
-CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
 
 
 def forked(flags: list[str], limit: int | None = None) -> int:
@@ -34,7 +31,6 @@ def forked(flags: list[str], limit: int | None = None) -> int:
         return child
     code = 70
     try:
-        LOCKS.clear()
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         argv = ["--model=model", "--data=rows.jsonl", "--out=new", *BRIEF, *flags]
@@ -52,7 +48,11 @@ def ended(child: int) -> int:
 
 def log_of(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line.keys() - CLOCK} for line in lines]
+    return [{name: line[name] for name in line.keys() - WALL_CLOCK} for line in lines]
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(out.glob("checkpoint-??????"))
 
 
 def assert_whole(out: Path) -> None:
@@ -67,7 +67,7 @@ def test_killed_twenty_times_at_random_moments_the_run_ends_as_one_that_was_not(
     flags = ["--steps=12", "--save-every=1", "--resume"]
     assert ended(forked([*flags, "--out=whole"])) == 0
     seed = random.SystemRandom().randrange(10**6)
-    print("kill seed", seed)
+    print("kill seed", seed)  # pytest shows it if the test fails
     rng, kills = random.Random(seed), 0
     while kills < 20:
         child = forked(flags)
@@ -75,24 +75,23 @@ def test_killed_twenty_times_at_random_moments_the_run_ends_as_one_that_was_not(
             pass
         os.kill(child, signal.SIGKILL)
         if ended(child) == 0:
-            break
+            shutil.rmtree("new")  # it was done before: from the start again
+            continue
         kills += 1
         assert_whole(Path("new"))
     assert ended(forked(flags)) == 0
     assert log_of(Path("new")) == log_of(Path("whole"))
-    ours, theirs = (
-        dict(load_model(out).named_parameters()) for out in ("new/final", "whole/final")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for file in ("final/model.safetensors", "samples.jsonl"):
+        assert Path("new", file).read_bytes() == Path("whole", file).read_bytes()
 
 
-@pytest.mark.parametrize("limit", [100, 1000, 3000, 10_000, 30_000])
-def test_whatever_file_the_disk_has_no_place_for_the_run_is_whole(limit, world):
-    shutil.copytree("run", "new")
-    before = {path: path.read_bytes() for path in Path("new").glob("checkpoint-*/**/*.*")}
-    code = ended(forked(["--out=new", "--resume", "--steps=3"], limit))
-    assert code in (1, 2)
-    assert_whole(Path("new"))
+@pytest.mark.parametrize("limit", [100, 1000, 2000, 3000, 10_000, 30_000])
+def test_whatever_file_the_disk_has_no_place_for_the_run_is_whole(limit, world, capfd):
+    before = {path: path.read_bytes() for path in Path("run").glob("checkpoint-*/**/*.*")}
+    assert ended(forked(["--out=run", "--resume", "--steps=3"], limit)) in (1, 2)
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert_whole(Path("run"))
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -126,31 +125,11 @@ def test_over_hundreds_of_steps_memory_and_open_files_stay_and_the_log_is_valid(
 
 
 # ---- several ranks
-def lines_of_steps(process, count: int) -> list[str]:
-    """Its output until `count` steps are logged."""
-    seen = []
+def read_until_step(process, step: int) -> None:
+    """Its output until the step is logged."""
     for line in process.stdout:
-        seen.append(line)
-        if re.match(rf"step +{count}/", line):
-            break
-    return seen
-
-
-@needs_proc
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_is_dead_or_hangs_is_named_in_a_line(number, lost, tmp_path):
-    process = start(tmp_path / "run", "--steps=99", "--timeout=8", torchrun=processes(2))
-    lines_of_steps(process, 1)
-    ranks = sorted(workers(process.pid))
-    os.kill(ranks[lost], number)
-    output = output_of(process)
-    if number == signal.SIGSTOP:
-        os.kill(ranks[lost], signal.SIGKILL) if Path(f"/proc/{ranks[lost]}").exists() else None
-    said = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert process.returncode != 0
-    assert any(f"in vain for rank {lost}" in line for line in said), output
-    assert_whole(tmp_path / "run")
+        if re.match(rf"step +{step}/", line):
+            return
 
 
 @needs_proc
@@ -158,13 +137,13 @@ def test_a_rank_that_is_dead_or_hangs_is_named_in_a_line(number, lost, tmp_path)
 def test_torchrun_ended_by_a_signal_saves_the_step_and_says_how_to_go_on(number, tmp_path):
     out = tmp_path / "run"
     process = start(out, "--steps=50", "--save-every=99", torchrun=processes(2))
-    lines_of_steps(process, 2)
+    read_until_step(process, 2)
     process.send_signal(number)
     output = output_of(process)
-    assert output.count("stopped: step ") == 1, output
     (saved,) = checkpoints(out)
-    assert f"stopped: step {int(saved.name[-6:])} is saved" in output
     step = int(saved.name[-6:])
+    assert output.count("stopped: step ") == 1, output
+    assert f"stopped: step {step} is saved; " in output and f"--resume --out {out}" in output
     again = start(out, "--resume", f"--steps={step + 1}", "--save-every=99", torchrun=processes(2))
     assert f"step {step + 1}/" in output_of(again) and again.returncode == 0
 
@@ -174,7 +153,7 @@ def test_workers_that_outlive_a_killed_torchrun_still_hold_the_folder(tmp_path):
     """The line that says so needs no letters beyond ASCII."""
     out = tmp_path / "rün"
     process = start(out, "--steps=99", torchrun=processes(2))
-    lines_of_steps(process, 1)
+    read_until_step(process, 1)
     ranks = workers(process.pid)
     for rank in ranks:  # so that they are there as long as this test needs them
         os.kill(rank, signal.SIGSTOP)
@@ -182,8 +161,7 @@ def test_workers_that_outlive_a_killed_torchrun_still_hold_the_folder(tmp_path):
     process.wait()
     second = start(out, "--resume", "--steps=99", LC_ALL="C", PYTHONUTF8="0")
     output = output_of(second)
-    assert second.returncode == 2 and output.isascii() and "run.lock" in output, output
-    assert output.startswith("error: ") and output.count("\n") == 1, output
-    assert any(f"process {rank} on" in output for rank in ranks)
     for rank in ranks:
         os.kill(rank, signal.SIGKILL)
+    assert second.returncode == 2 and output.isascii() and "run.lock" in output, output
+    assert output.startswith("error: ") and output.count("\n") == 1, output
