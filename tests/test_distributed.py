@@ -193,8 +193,8 @@ def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, upd
     for rank in range(ranks):
         pretend(monkeypatch, rank, ranks)
         own.append(own_share(batch))
-        for i, question in enumerate(own[-1]):  # each update trains its own questions
-            assert question // update == i // (update // ranks)
+        for i, number in enumerate(own[-1]):  # each update trains its own questions
+            assert number // update == i // (update // ranks)
     monkeypatch.setattr(distributed, "gather_objects", lambda value: own)
     assert all_shares(own[0]) == batch
 
