@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train lab report readme figure test test-2.11 check clean
+.PHONY: train lab report figure test test-2.11 check clean
 
 # The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
 # SFT never starts. Two to three minutes on 2 CPU cores.
@@ -33,13 +33,9 @@ test: .venv/ready-to-test
 test-2.11: .torch-2.11/ready
 	PYTHONPATH=$(CURDIR)/.torch-2.11 $(BIN)/python -m pytest
 
-# Kills, hangs and full disks on whole runs, every kernel compiled, a dry run of bench/gpu_day.py.
+# Kills and full disks on whole runs, ranks, every kernel compiled, a dry run of bench/gpu.py.
 check: .venv/ready-to-test
 	$(BIN)/python -m pytest -m slow
-
-# Every command of README.md in a fresh clone of HEAD, and what it prints beside the text.
-readme:
-	$(PYTHON) tests/readme.py
 
 # The README's figure: five methods, five seeds, 25 minutes. All that needs matplotlib here.
 METHODS := weighted_sum_log_prob arithmetic_mean prob log_prob

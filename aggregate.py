@@ -34,12 +34,11 @@ What is unusual about a function it declares below itself, as an attribute:
 All of it works on log-probs in nats, in the dtype it is given.
 """
 
-import importlib.util
 import math
+import runpy
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,7 +161,8 @@ AGGREGATORS = {
 def find_aggregator(name: str) -> Callable[..., Tensor]:
     """A function of AGGREGATORS by its name, or `function` of a Python file by "file.py:function".
 
-    The file is run: it is the user's own code. ValueError says what is wrong with the name.
+    The file is run: it is the user's own code. Raises ValueError for an unknown name, and what
+    running the file raises.
     """
     if name in AGGREGATORS:
         return AGGREGATORS[name]
@@ -170,14 +170,10 @@ def find_aggregator(name: str) -> Callable[..., Tensor]:
     if not file.endswith(".py"):
         known = ", ".join(AGGREGATORS)
         raise ValueError(f"unknown aggregator {name!r}; there are {known}, and FILE.py:FUNCTION")
-    if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file")
-    spec = importlib.util.spec_from_file_location("user_aggregator", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    defined = runpy.run_path(file)
+    if function not in defined:
         raise ValueError(f"{file}: defines no function {function!r}")
-    return getattr(module, function)
+    return defined[function]
 
 
 def declares(name: str, attribute: str) -> bool:

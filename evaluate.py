@@ -35,7 +35,7 @@ from reward import score
 from sample import sample_groups, sample_thoughts, sample_traces, think_and_answer, trace_ids
 from support.args import Args, model_flags, open_model
 from support.distributed import all_shares, gathered_view, own_share
-from support.errors import exit_on_bad_input, printable, require
+from support.errors import exit_on_bad_input, printable, refusing, require
 from support.metrics import Log, Outcome
 from support.tokenizer import Tokenizer
 
@@ -253,8 +253,9 @@ def main() -> None:
     there = not folder or folder.is_dir()
     require(there, f"--predictions {args.predictions}: there is no folder {folder}")
     model, tokenizer = open_model(args, untrained=True)
-    if args.gold:
-        gold = tokenizer.encode_answer(args.gold)
+    if args.gold is not None:
+        with refusing("--gold"):
+            gold = tokenizer.encode_answer(args.gold)
         prompt, trace = think_and_answer(model, tokenizer, args, len(gold))
         print_gain(model, tokenizer, prompt, trace, gold)
         return

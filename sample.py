@@ -35,8 +35,8 @@ from data import Example, Trace, stream_seed
 from kernels.logprob import bf16_products
 from model import Config, Transformer, flash_takes, prefill
 from support.args import Args, model_flags, open_model
-from support.errors import InputError, exit_on_bad_input, printable, require
-from support.tokenizer import Tokenizer, is_text
+from support.errors import InputError, exit_on_bad_input, printable, refusing, require
+from support.tokenizer import Tokenizer
 
 # Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
 PROMPT_TOKENS = 8192
@@ -411,9 +411,9 @@ def think_and_answer(
 
     The trace leaves `answer_len` of the model's positions to an answer.
     """
-    question = args.question.strip()
-    require(is_text(question), "--question is empty or no text")
-    prompt = tokenizer.prompt_ids([question])
+    require(args.question.strip() != "", "--question is empty")
+    with refusing("--question"):
+        prompt = tokenizer.prompt_ids([args.question.strip()])
     positions = model.config.max_position_embeddings
     left = positions - len(prompt) - 1 - answer_len  # 1 for the marker
     require(left > 0, f"--question: its prompt of {len(prompt)} tokens fills the model's positions")

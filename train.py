@@ -73,6 +73,8 @@ from support.tokenizer import Tokenizer
 from support.weights import load_model, load_with_marker
 
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
+BETAS = (0.9, 0.95)  # AdamW, the paper's values; so is EPS
+EPS = 1e-15  # gradients divided by 512 are small, the usual 1e-8 would damp them
 SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
 
 
@@ -169,11 +171,13 @@ def train_step(
     for done, (example, traces) in enumerate(zip(questions, groups, strict=True), start=1):
         # An aggregator may draw random numbers (exact_match): same ones in every run.
         torch.manual_seed(stream_seed(args.seed, step, example.index))
+        last = done % (len(questions) // args.updates) == 0  # of an update
+        distributed.gather_once(model, last)
         outcome = train_question(model, tokenizer, example, traces, args, initial)
         figures.append(question_figures(outcome))
         first = first or outcome
         score_seconds += outcome.score_seconds
-        if done % (len(questions) // args.updates) == 0:
+        if last:
             norms.append(update(model, optimizer, lr, args.grad_clip))
     update_seconds = now() - sampled - score_seconds
 
@@ -187,8 +191,8 @@ def make_optimizer(model: Transformer, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
         lr=args.lr,
-        betas=(0.9, 0.95),
-        eps=1e-15,  # gradients divided by 512 are small, the usual 1e-8 would damp them
+        betas=BETAS,
+        eps=EPS,
         weight_decay=args.weight_decay,
         fused=True,  # one pass over parameters, gradients and moments, without temporaries
     )

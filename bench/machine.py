@@ -1,26 +1,76 @@
-"""What the benchmarks share: the machine's description, time, memory, saved results, checks."""
+"""What the benchmarks share: flags, the machine's description, tables, saved results."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import resource
-import shlex
-import sys
-import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-from support.errors import InputError
+from support.errors import OneLineParser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "examples/hops/base"
 
 
-# ---- the head of a result, and its file
+# ---- flags of step.py and sample.py
+def make_parser(doc: str) -> OneLineParser:
+    parser = OneLineParser(description=doc)
+    add = parser.add_argument
+    add("--model", default=str(BASE), help="Hugging Face directory (that of the embedded task)")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    add("--device", choices=["cpu", "cuda"], default=default_device())
+    add("--rounds", type=count, default=3, help="timed runs, after one that warms up (3)")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    add("--save", action="store_true", help="write it to bench/results/")
+    return parser
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def count(text: str) -> int:
+    """The type of a flag: an integer of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} should be 1 or more")
+    return value
+
+
+def random_ids(number: int, vocab: int, generator: torch.Generator) -> list[int]:
+    """Token ids from 1 to vocab - 1."""
+    return torch.randint(1, vocab, (number,), generator=generator).tolist()
+
+
+# ---- a result
+def circumstances(device: str, *packages: str) -> dict:
+    """The first entries of every result: device, date, versions, threads.
+
+    packages: those of them that are installed have a version. On a CPU the load average, too, as it
+    was before the benchmark: above 0, other programs ran.
+    """
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    head = {
+        "device": device_name(device),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
+    if device == "cpu" and hasattr(os, "getloadavg"):
+        head["load_average"] = [round(load, 1) for load in os.getloadavg()]
+    return head
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -32,49 +82,9 @@ def device_name(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Of Python, torch, and those of `packages` that are installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
-
-
-def circumstances(device: str, *packages: str) -> dict:
-    """The first entries of every result: device, date, versions, threads.
-
-    On a CPU the load average, too, as it was before the benchmark: above 0, other programs ran.
-    """
-    head = {
-        "device": device_name(device),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(*packages),
-        "threads": torch.get_num_threads(),
-    }
-    if device == "cpu" and hasattr(os, "getloadavg"):
-        head["load_average"] = [round(load, 1) for load in os.getloadavg()]
-    return head
-
-
 def headline(result: dict) -> str:
     installed = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"{result['device']}; {installed}; {result['threads']} threads"
-
-
-def say(text: str) -> None:
-    """Progress, on stderr: stdout is for the result."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def recorded_command(script: str, model: str) -> str:
-    """The command for the result, with the model's name instead of its path on this machine."""
-    name = Path(model).resolve().name
-    shown = {model: name, f"--model={model}": f"--model={name}"}
-    words = [shown.get(word, word) for word in sys.argv[1:]]
-    return shlex.join(["python", f"bench/{script}", *words])
 
 
 def save(what: str, result: dict, *tags: str) -> Path:
@@ -88,70 +98,31 @@ def save(what: str, result: dict, *tags: str) -> Path:
     return path
 
 
-# ---- time
-def now() -> float:
-    """Seconds, once a GPU has computed all it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def conclude(flags: argparse.Namespace, what: str, result: dict, lines: list[str], *tags: str):
+    """Prints a result, and saves it where the flags say so."""
+    print(headline(result))
+    print("\n".join(lines))
+    if flags.save:
+        print(f"wrote {save(what, result, flags.dtype, *tags).relative_to(ROOT)}")
+    if flags.json:
+        print(json.dumps(result))
 
 
-class Laps:
-    """Seconds that a run spends in each of its parts, in the order in which they first occur."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.last = now()
-
-    def lap(self, part: str) -> None:
-        """Adds the time since the last lap to `part`."""
-        at = now()
-        self.seconds[part] += at - self.last
-        self.last = at
-
-
-# ---- memory
-def held_mb(device: str) -> float:
-    """MB in use: allocated tensors on a GPU, the resident memory of this process on a CPU."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated() / 1e6
-    return status_mb("VmRSS") or peak_mb(device)
+# ---- a table
+def table(columns: list[str], rows: list[dict]) -> list[str]:
+    """A line of titles, a line per row; then what the row's "note" says."""
+    cells = [columns, *([cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    notes = ["", *(row.get("note", "") for row in rows)]
+    lines = []
+    for line, note in zip(cells, notes, strict=True):
+        padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+        lines.append("  ".join([*padded, note]).rstrip())
+    return lines
 
 
-def peak_mb(device: str) -> float:
-    """The most MB in use so far."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes on Linux
-    # VmHWM first: in a process started by a larger one, ru_maxrss begins at the larger one's size.
-    return status_mb("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def status_mb(name: str) -> float:
-    """A line of Linux's /proc/self/status in MB, 0 where there is no such file."""
-    file = Path("/proc/self/status")
-    if not file.exists():
-        return 0.0
-    found = re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE)
-    return int(found.group(1)) * 1024 / 1e6 if found else 0.0
-
-
-# ---- arguments
-def check_device(name: str) -> str:
-    """auto, cpu or cuda -> cpu or cuda; InputError where there is no such device."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no such device here; cpu is")
-    return name
-
-
-def check_least(flag: str, value: int, least: int) -> None:
-    """InputError that names the flag where value < least."""
-    if value < least:
-        raise InputError(f"{flag} {value}: should be at least {least}")
-
-
-def random_ids(count: int, vocab: int, generator: torch.Generator) -> list[int]:
-    """`count` token ids below `vocab`."""
-    return torch.randint(vocab, (count,), generator=generator).tolist()
+def cell(value: object) -> str:
+    """Three digits of a number."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "-" if value is None else str(value)

@@ -8,7 +8,6 @@ is that of the embedded task, 83 words: the embedding keeps all rows of the shap
 drawn on the GPU if there is one.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -17,11 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import machine
-from model import Config
+from model import Config, Transformer
 from support.errors import OneLineParser, exit_on_bad_input
 from support.weights import assign, empty_model, save_model
 
-BASE = machine.ROOT / "examples/hops/base"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "nrt.json")
 EOS = 1  # of that tokenizer
 STD = 0.02  # of every matrix, as before pretraining: logits of a deviation near 1
@@ -52,14 +50,6 @@ SHAPES = {
         "num_hidden_layers": 32,
         "rope_scaling": ROPE | {"factor": 8.0},
     },
-    "100m": {  # of bench/memory.py: nearly all parameters are in the layers
-        "vocab_size": 83,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 14,
-        "num_attention_heads": 12,
-        "tie_word_embeddings": True,
-    },
     "tiny": {  # to try a command
         "vocab_size": 512,
         "hidden_size": 64,
@@ -71,51 +61,38 @@ SHAPES = {
 }
 
 
-def make_model(
-    shape: str,
-    out: str | Path,
-    layers: int = 0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> int:
-    """Writes the directory `out` -> the number of parameters. layers: 0 = those of the shape."""
+def random_model(
+    shape: str, layers: int = 0, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> Transformer:
+    """layers: 0 = those of the shape. The same weights every time, on the same device."""
     config = Config(**SHAPES[shape], eos_token_id=EOS)
     config.num_hidden_layers = layers or config.num_hidden_layers
     model = empty_model(config)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     state = {}
     for name, parameter in model.named_parameters():
-        values = torch.ones(parameter.shape, dtype=dtype, device=device)
-        if values.dim() == 2:
-            values.normal_(std=STD, generator=generator)
-        state[name] = values
-    save_model(assign(model, state), out)
+        state[name] = torch.ones(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() == 2:
+            state[name].normal_(std=STD, generator=generator)
+    return assign(model, state)
+
+
+def save_with_tokenizer(model: Transformer, out: Path) -> None:
+    save_model(model, out)
     for file in TOKENIZER_FILES:
-        shutil.copyfile(BASE / file, Path(out) / file)
-    return sum(values.numel() for values in state.values())
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--shape", choices=list(SHAPES), required=True)
-    parser.add_argument("--layers", type=int, default=0, help="0 = those of the shape")
-    parser.add_argument("--out", required=True, help="the directory")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args(argv)
-    machine.check_least("--layers", flags.layers, 0)
-    flags.device = machine.check_device(flags.device)
-    return flags
+        shutil.copyfile(machine.BASE / file, out / file)
 
 
 def main() -> None:
-    flags = parse(sys.argv[1:])
-    dtype = getattr(torch, flags.dtype)
-    count = make_model(flags.shape, flags.out, flags.layers, flags.device, dtype, flags.seed)
-    print(f"wrote {flags.out}: {count / 1e6:.1f}M parameters in {flags.dtype}")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--layers", type=machine.count, default=0, help="default: the shape's")
+    parser.add_argument("--out", type=Path, required=True, help="the directory")
+    flags = parser.parse_args()
+    model = random_model(flags.shape, flags.layers, device=machine.default_device())
+    save_with_tokenizer(model, flags.out)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"wrote {flags.out}: {count / 1e6:.1f}M parameters in bfloat16")
 
 
 if __name__ == "__main__":

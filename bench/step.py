@@ -1,255 +1,323 @@
 """Cost of one training step: ours beside the usual recipe, which repeats the prompt K times.
 
-    python bench/step.py --model DIR                              ours and dense
-    python bench/step.py --model DIR --peer dense transformers    the transformers library as well
-    python bench/step.py --model DIR --only dense                 one contender alone
-    python bench/step.py --sweep                                  ours as K, prompt, trace grow
-    --json: one JSON object as the last line;  --save: writes it to bench/results/
+    python bench/step.py --model DIR                        ours and dense
+    python bench/step.py --model DIR --peer transformers    ours and the transformers library
+    python bench/step.py --model DIR --peer none            ours alone
+    --json: one JSON object as the last line; --save: bench/results/step-<device>-<date>-...json
 
-bench/recipes.py holds the contenders and counts the tokens that each feeds to its model.
+    ours          train.train_question, on traces of sample.sample_traces
+    dense         the usual recipe, with our model: it repeats the prompt for every trace
+    transformers  the usual recipe, with that library's model, attention and generate()
 
-    peak_mb, loaded_mb    measured first, in a process per contender; loaded_mb is held before the
-                          step: parameters, moments and, on a CPU, Python and its libraries
-    gradient_difference   |peer - ours| / |ours|, fp32 parameters, equal traces of one question
-    *_s                   seconds: medians over rounds in which the contenders take turns, after
-                          one step each to warm up; score_update_s is total_s without sample_s
-    --sweep               factors by which the figures grow from one end of an axis to the other;
-                          tokens_prompt_once is P + K (n + T), tokens_prompt_repeated K (P + n + T)
+B questions of P prompt tokens and T answer tokens, K traces of n tokens each, all random. Nothing
+stops a trace, so every marker is forced. Tokens fed to the model per question after sampling, in
+brackets for K = 8, P = 96, n = 64, T = 48:
+
+    ours      score, with its graph: P + K (n + T) + T   [1040]   null think included
+              update: the backward of that forward
+    others    old log-prob, no graph: K (P + n + T)      [1664]
+              null, no graph: K (P + T)                  [1152]   K equal rows
+              update, with its graph: K (P + n + T)      [1664]   the K rows of one question at once
+
+Ours prefills a prompt once and copies its KV cache; the others prefill it in each of the K rows.
+The others hold fp32 logits [K, n + 1 + T, V], ours none; ours alone computes the entropy. All have
+fp32 parameters, gradients and AdamW moments. In bf16 our model, which ours and dense train, is that
+of train.py (support/distributed.py); the library's has a bf16 copy that samples and trains.
+
+Each has a process of its own, one after the other. Figures are medians over the rounds:
+
+    sample_s, score_update_s, total_s    seconds of a step and of its two parts
+    tokens_per_s     trace tokens per second of the step
+    peak_mb          the most memory in use so far: of the GPU; on a CPU resident memory, in which
+                     Python and its libraries are included
+    gradient_norm    of one question's loss on given traces, before training: equal up to rounding,
+                     as all compute the same gradient (tests/test_bench.py compares all of it)
 """
 
 import argparse
-import json
-import math
 import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aggregate import advantages, aggregate
 from bench import machine
-from bench.recipes import (
-    CONTENDERS,
-    Learner,
-    Work,
-    gradient_differences,
-    load_native,
-    make_work,
-    unfinished,
-)
-from model import KEEP
-from support.errors import InputError, OneLineParser, TrainingError, exit_on_bad_input
-from support.weights import read_config
-from train import update
+from data import Example, Trace
+from sample import sample_traces
+from support import distributed
+from support.args import Args
+from support.distributed import gathered_view
+from support.errors import exit_on_bad_input, require
+from support.metrics import now, peak_memory
+from support.weights import load_model, read_config
+from train import LENGTH_SCALE, make_optimizer, train_question, update
 
-COUNTS = {  # flag: default, least value, meaning
-    "questions": (4, 1, "B, questions a step"),
-    "traces": (8, 2, "K, traces a question; an advantage compares at least two"),
-    "prompt": (96, 1, "P, tokens of a prompt"),
-    "new": (64, 1, "n, tokens of a trace"),
-    "answer": (48, 1, "T, tokens of an answer"),
-    "rounds": (3, 1, "timed steps of each contender"),
-    "seed": (0, 0, "of the random tokens"),
+MARKER = 0  # any id can be the marker: the cost does not depend on it
+SETTINGS = ("dtype", "questions", "traces", "prompt", "new", "answer", "seed")
+FIGURES = ["sample_s", "score_update_s", "total_s", "tokens_per_s", "peak_mb", "gradient_norm"]
+RATIOS = ["sample_s", "score_update_s", "total_s", "peak_mb"]
+Groups = list[list[Trace]]  # K traces per question
+
+
+# ---- the work
+def make_work(flags: argparse.Namespace) -> tuple[list[Example], list[Trace], Args]:
+    """Random questions, K random traces for the first one, train.py's settings."""
+    args = Args(model=flags.model, device=flags.device, dtype=flags.dtype, seed=flags.seed)
+    args.questions = flags.questions
+    args.traces = flags.traces
+    args.max_trace = flags.new
+    args.lr = 1e-6  # a real update that hardly changes the model
+    # In nats: probabilities of a random answer are near 0, and equal rewards would be less work.
+    args.aggregator = "info_gain"
+    generator = torch.Generator().manual_seed(flags.seed)
+    vocab = read_config(flags.model).vocab_size
+    new = partial(machine.random_ids, vocab=vocab, generator=generator)
+    examples = []
+    for index in range(flags.questions):
+        examples.append(Example(index, new(flags.prompt), new(flags.answer), question="", gold=""))
+    traces = [Trace(new(flags.new), [], finished=False) for _ in range(flags.traces)]
+    return examples, traces, args
+
+
+def measure(name: str, flags: argparse.Namespace) -> dict:
+    """The figures of one recipe, for a process that has done nothing else before."""
+    examples, traces, args = make_work(flags)
+    recipe = RECIPES[name]
+    model, policy = recipe.load(args)
+    optimizer = make_optimizer(model, args)
+    recipe.gradient(policy, examples[:1], [traces], args)
+    gradient_norm = update(model, optimizer, 0.0, args.grad_clip)  # lr 0: no parameter changes
+
+    rows = []
+    for _ in range(flags.rounds + 1):
+        began = now()
+        groups = recipe.sample(policy, examples, args)
+        sampled = now()
+        recipe.gradient(policy, examples, groups, args)
+        update(model, optimizer, args.lr, args.grad_clip)
+        ended = now()
+        seconds = {"sample_s": sampled - began, "score_update_s": ended - sampled}
+        rows.append(seconds | {"total_s": ended - began})
+    rows = rows[1:]  # the first one warms up
+    figures = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    tokens = args.questions * args.traces * args.max_trace
+    return figures | {
+        "tokens_per_s": tokens / figures["total_s"],
+        "peak_mb": peak_memory() / 1e6,
+        "gradient_norm": gradient_norm,
+        "rows": rows,
+    }
+
+
+# ---- ours
+def load_ours(args: Args) -> tuple[nn.Module, nn.Module]:
+    dtype = getattr(torch, args.dtype)
+    distributed.start(args.device, dtype)
+    model = distributed.shard(load_model(args.model, torch.float32, args.device), dtype)
+    return model, model
+
+
+def sample_ours(policy: nn.Module, examples: list[Example], args: Args) -> Groups:
+    prompts = [example.prompt for example in examples]
+    with gathered_view(policy) as view:
+        return sample_traces(view, prompts, args.traces, args.max_trace, seed=args.seed)
+
+
+def gradient_ours(policy: nn.Module, examples: list[Example], groups: Groups, args: Args) -> None:
+    tokenizer = SimpleNamespace(marker_id=MARKER)
+    for example, traces in zip(examples, groups, strict=True):
+        train_question(policy, tokenizer, example, traces, args)
+
+
+# ---- the usual recipe: every row has a prompt of its own
+def repeated_prompts(examples: list[Example], args: Args) -> list[list[int]]:
+    return [example.prompt for example in examples for _ in range(args.traces)]
+
+
+def sample_dense(policy: nn.Module, examples: list[Example], args: Args) -> Groups:
+    """Our sampler with one trace per prompt, so that it prefills every row."""
+    prompts = repeated_prompts(examples, args)
+    with gathered_view(policy) as view:
+        rows = sample_traces(view, prompts, 1, args.max_trace, seed=args.seed)
+    traces = [trace for (trace,) in rows]
+    return [traces[i : i + args.traces] for i in range(0, len(traces), args.traces)]
+
+
+def logits_dense(policy: nn.Module, tokens: Tensor, count: int) -> Tensor:
+    """tokens [K, L] -> fp32 logits of the last `count` positions, [K, count, V]."""
+    return F.linear(policy(tokens)[:, -count:], policy.lm_head.weight).float()
+
+
+def gradient_repeated(
+    policy: nn.Module,
+    examples: list[Example],
+    groups: Groups,
+    args: Args,
+    logits: Callable[[nn.Module, Tensor, int], Tensor] = logits_dense,
+) -> None:
+    """The three passes, and train.py's loss written out for traces that were all cut:
+
+    -1/(512 B K) sum_k [ A_k sum_t log pi(z_kt) + lambda log pi(m) + sum_i log c_ki ]
+    """
+    answer_len = len(examples[0].answer)  # T
+    count = args.max_trace + 1 + answer_len
+    rows = []
+    null_rows = []
+    for example, traces in zip(examples, groups, strict=True):
+        rows.append([[*example.prompt, *trace.ids, MARKER, *example.answer] for trace in traces])
+        null_rows.append([[*example.prompt, MARKER, *example.answer]] * args.traces)
+    with torch.no_grad(), gathered_view(policy) as view:
+        old_logp = [row_logp(logits, view, group, count) for group in rows]
+        null_logp = [row_logp(logits, view, group, answer_len)[0] for group in null_rows]
+    for group, old, null in zip(rows, old_logp, null_logp, strict=True):
+        reward, _ = aggregate(args.aggregator, old[:, -answer_len:], null)
+        advantage = advantages(reward, args.center, args.scale)
+        coefficient = torch.ones_like(old)  # [K, n + 1 + T], 1 for the answer
+        coefficient[:, : args.max_trace] = advantage[:, None]
+        coefficient[:, args.max_trace] = args.marker_weight
+        terms = coefficient * row_logp(logits, policy, group, count)
+        loss = -terms.sum() / (args.questions * args.traces * LENGTH_SCALE)
+        loss.backward()
+
+
+def row_logp(logits: Callable, policy: nn.Module, rows: list[list[int]], count: int) -> Tensor:
+    """Log-probs of the last `count` tokens of K equally long rows, [K, count]."""
+    tokens = torch.tensor(rows, device=policy.lm_head.weight.device)
+    logp = logits(policy, tokens[:, :-1], count).log_softmax(-1)
+    return logp.gather(-1, tokens[:, -count:, None])[..., 0]
+
+
+# ---- the same with the transformers library
+def load_transformers(args: Args) -> tuple[nn.Module, nn.Module]:
+    """The library's model in fp32, and its copy in --dtype that computes."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="sdpa")
+    model = load(args.model, dtype=torch.float32).to(args.device)
+    if args.dtype == "float32":
+        return model, model
+    policy = load(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    pairs = list(zip(model.parameters(), policy.parameters(), strict=True))
+    for parameter, low in pairs:
+        low.register_post_accumulate_grad_hook(partial(add_in_fp32, parameter))
+
+    @torch.no_grad()
+    def copy_parameters(*_: object) -> None:
+        for parameter, low in pairs:
+            low.copy_(parameter)
+
+    register_optimizer_step_post_hook(copy_parameters)
+    return model, policy
+
+
+def add_in_fp32(parameter: Tensor, low: Tensor) -> None:
+    """A gradient of the copy is added to that of the fp32 parameter."""
+    gradient = low.grad.float()
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    low.grad = None
+
+
+@torch.no_grad()
+def sample_transformers(policy: nn.Module, examples: list[Example], args: Args) -> Groups:
+    prompts = torch.tensor(repeated_prompts(examples, args), device=args.device)  # [B K, P]
+    torch.manual_seed(args.seed)
+    rows = policy.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=args.max_trace,
+        max_new_tokens=args.max_trace,
+        pad_token_id=0,
+    )
+    traces = [Trace(ids, [], finished=False) for ids in rows[:, prompts.shape[1] :].tolist()]
+    return [traces[i : i + args.traces] for i in range(0, len(traces), args.traces)]
+
+
+def logits_transformers(policy: nn.Module, tokens: Tensor, count: int) -> Tensor:
+    return policy(tokens, use_cache=False).logits[:, -count:].float()
+
+
+@dataclass
+class Recipe:
+    load: Callable[[Args], tuple[nn.Module, nn.Module]]  # what AdamW updates, what computes
+    sample: Callable[[nn.Module, list[Example], Args], Groups]
+    gradient: Callable[[nn.Module, list[Example], Groups, Args], None]  # adds to .grad
+
+
+gradient_transformers = partial(gradient_repeated, logits=logits_transformers)
+RECIPES = {
+    "ours": Recipe(load_ours, sample_ours, gradient_ours),
+    "dense": Recipe(load_ours, sample_dense, gradient_repeated),
+    "transformers": Recipe(load_transformers, sample_transformers, gradient_transformers),
 }
-LENGTHS = ("questions", "traces", "prompt", "new", "answer")
-COLUMNS = (
-    *("sample_s", "old_logp_s", "null_s", "score_s", "update_s", "score_update_s", "total_s"),
-    *("tokens_per_s", "peak_mb", "loaded_mb", "gradient_difference"),
-)
-RATIOS = ("sample_s", "score_update_s", "total_s", "peak_mb")
-SWEEP = {"traces": (2, 32), "prompt": (64, 2048), "new": (32, 512)}
-GROWTH = ("sample_s", "score_update_s", "total_s", "tokens_prompt_once", "tokens_prompt_repeated")
 
 
-# ---- one measurement ----
-def step(name: str, learner: Learner, work: Work) -> dict[str, float]:
-    """One training step of a contender -> seconds of its parts."""
-    contender = CONTENDERS[name]
-    args = work.args
-    laps = machine.Laps()
-    groups = contender.sample(learner.policy, work)
-    laps.lap("sample")
-    contender.gradient(learner.policy, work, unfinished(groups, args), laps)
-    norm = update(learner.model, learner.optimizer, args.lr, args.grad_clip)
-    laps.lap("update")
-    if not math.isfinite(norm):
-        raise TrainingError(f"{name}: the gradient norm is {norm}, so no update was timed")
-    total = sum(laps.seconds.values())
-    parts = {f"{part}_s": seconds for part, seconds in laps.seconds.items()}
-    return parts | {"score_update_s": total - parts["sample_s"], "total_s": total}
-
-
-def memory(name: str, work: Work) -> dict[str, float]:
-    """MB of one step, for a process that has done nothing else before."""
-    learner = CONTENDERS[name].load(work.args)
-    loaded = machine.held_mb(work.args.device)
-    step(name, learner, work)
-    return {"loaded_mb": loaded, "peak_mb": machine.peak_mb(work.args.device)}
-
-
-# ---- rounds ----
-def interleaved(jobs: list[tuple[str, Learner, Work]], rounds: int) -> list[list[dict]]:
-    """`rounds` timed steps of every job, the jobs in turns, after one step each to warm up."""
-    times: list[list[dict]] = [[] for _ in jobs]
-    for index in range(rounds + 1):
-        machine.say(f"round {index} of {rounds}" if index else "warm-up")
-        for timed, job in zip(times, jobs, strict=True):
-            timed.append(step(*job))
-    return [timed[1:] for timed in times]
-
-
-def medians(timed: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(parts[key] for parts in timed) for key in timed[0]}
-
-
-def measure(names: list[str], work: Work, rounds: int) -> tuple[dict, dict, list[dict]]:
-    """-> figures by contender, peers' figures divided by ours, seconds of every timed step."""
-    figures: dict[str, dict] = {}
-    spawn = multiprocessing.get_context("spawn")
-    for name in names:
-        machine.say(f"memory: {name}")
-        try:
-            with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
-                figures[name] = process.submit(memory, name, work).result()
-        except RuntimeError as error:  # no memory, or no finite gradient: the others go on
-            figures[name] = {"note": " ".join(str(error).split())[:100]}
-
-    loaded: dict[Callable, Learner] = {}
-    learners: dict[str, Learner] = {}
-    for name in names:
-        load = CONTENDERS[name].load
-        if "note" not in figures[name]:
-            loaded[load] = loaded.get(load) or load(work.args)
-            learners[name] = loaded[load]
-    if "ours" in learners:
-        for name, value in gradient_differences(learners, work).items():
-            figures[name]["gradient_difference"] = value
-
-    rows = []
-    ratios = {}
-    tokens = work.args.questions * work.args.traces * work.args.max_trace
-    jobs = [(name, learner, work) for name, learner in learners.items()]
-    for name, timed in zip(learners, interleaved(jobs, rounds), strict=True):
-        figures[name] |= medians(timed)
-        figures[name]["tokens_per_s"] = tokens / figures[name]["total_s"]
-        rows += [{"name": name, "round": i + 1} | parts for i, parts in enumerate(timed)]
-        if name != "ours" and "ours" in learners:
-            ratios[name] = {key: figures[name][key] / figures["ours"][key] for key in RATIOS}
-    return figures, ratios, rows
-
-
-# ---- the sweep ----
-def sweep(flags: argparse.Namespace, vocab: int, axes: dict[str, tuple[int, int]]) -> list[dict]:
-    """Ours at both ends of every axis, the other counts as the flags say -> a row each."""
-    learner = load_native(make_work(flags, vocab).args)
-    rows = []
-    jobs = []
-    for axis, ends in axes.items():
-        for value in ends:
-            point = argparse.Namespace(**vars(flags) | {axis: value})
-            jobs.append(("ours", learner, make_work(point, vocab)))
-            row = {"axis": axis} | {key: getattr(point, key) for key in LENGTHS}
-            after = row["new"] + row["answer"]  # tokens of a trace and its answer
-            once = row["prompt"] + row["traces"] * after
-            repeated = row["traces"] * (row["prompt"] + after)
-            row["tokens_prompt_once"] = row["questions"] * once
-            row["tokens_prompt_repeated"] = row["questions"] * repeated
-            rows.append(row)
-    times = interleaved(jobs, flags.rounds)
-    return [row | medians(timed) for row, timed in zip(rows, times, strict=True)]
-
-
-def growth(rows: list[dict]) -> dict[str, dict]:
-    """Times and token counts at an axis' second end, divided by those at its first."""
-    grown = {}
-    for first, last in zip(rows[::2], rows[1::2], strict=True):
-        axis = first["axis"]
-        label = f"{axis} {first[axis]} to {last[axis]}"
-        grown[label] = {key: last[key] / first[key] for key in GROWTH}
-    return grown
-
-
-# ---- the command ----
-def table(columns: tuple[str, ...], rows: dict[str, dict]) -> list[str]:
-    lines = [" " * 20 + "".join(f"  {key:>8s}" for key in columns)]
-    for name, row in rows.items():
-        cells = [f"{name:20s}"]
-        for key in columns:
-            value = row.get(key)
-            digits = ".0f" if value and value >= 100 else ".3g"
-            text = "-" if value is None else format(value, digits)
-            cells.append(f"  {text:>{max(8, len(key))}s}")
-        lines.append("".join(cells) + f"  {row.get('note', '')}".rstrip())
-    return lines
-
-
+# ---- the command
 def parse(argv: list[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, formatter_class=raw)
-    base = str(machine.ROOT / "examples/hops/base")
-    parser.add_argument("--model", default=base, help="Hugging Face directory")
-    for name, (default, _, text) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser = machine.make_parser(__doc__)
+    add = parser.add_argument
+    add("--questions", type=machine.count, default=4, help="B, questions a step (4)")
+    add("--traces", type=machine.count, default=8, help="K, traces a question, 2 or more (8)")
+    add("--prompt", type=machine.count, default=96, help="P, tokens of a prompt (96)")
+    add("--new", type=machine.count, default=64, help="n, tokens of a trace (64)")
+    add("--answer", type=machine.count, default=48, help="T, tokens of an answer (48)")
+    add("--seed", type=int, default=0, help="of the random tokens")
     peers = ["none", "dense", "transformers"]
-    parser.add_argument("--peer", nargs="+", choices=peers, default=["dense"], help="beside ours")
-    parser.add_argument("--only", choices=list(CONTENDERS), help="this contender alone")
-    parser.add_argument("--sweep", action="store_true", help="ours alone, growing")
-    text = "of ours, as in train.py"
-    parser.add_argument("--activation-checkpointing", choices=list(KEEP), default="none", help=text)
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--save", action="store_true", help="write it to bench/results/")
+    add("--peer", nargs="+", choices=peers, default=["dense"], help="beside ours (dense)")
     flags = parser.parse_args(argv)
-    for name, (_, least, _) in COUNTS.items():
-        machine.check_least(f"--{name}", getattr(flags, name), least)
-    if "none" in flags.peer and len(flags.peer) > 1:
-        raise InputError(f"--peer {' '.join(flags.peer)}: none goes alone")
-    if flags.sweep and flags.only not in (None, "ours"):
-        raise InputError(f"--sweep --only {flags.only}: the sweep measures ours alone")
-    if "transformers" in (flags.only, *flags.peer) and not find_spec("transformers"):
-        raise InputError("transformers is not installed here; --peer dense needs no library")
-    flags.device = machine.check_device(flags.device)
+    require(flags.traces > 1, "--traces 1: an advantage compares at least two")
+    missing = "transformers" in flags.peer and not find_spec("transformers")
+    require(not missing, "--peer transformers: it is not installed here; dense needs no library")
     return flags
 
 
 def main() -> None:
     flags = parse(sys.argv[1:])
-    vocab = read_config(flags.model).vocab_size
-    model_name = Path(flags.model).resolve().name
-    names = ["ours", *dict.fromkeys(peer for peer in flags.peer if peer != "none")]
-    names = [flags.only] if flags.only else names
-    result = machine.circumstances(flags.device, *names)  # the version of "transformers", if any
-    result |= {"command": machine.recorded_command("step.py", flags.model), "model": model_name}
-    for key in (*LENGTHS, "dtype", "rounds"):
-        result[key] = getattr(flags, key)
-    if flags.sweep:
-        result["rows"] = sweep(flags, vocab, SWEEP)
-        lines = table(GROWTH, growth(result["rows"]))
-    else:
+    read_config(flags.model)  # refuses a wrong directory before a process starts
+    result = machine.circumstances(flags.device, *flags.peer)
+    result["model"] = Path(flags.model).resolve().name  # no path of the machine
+    result |= {key: getattr(flags, key) for key in SETTINGS}
+    spawn = multiprocessing.get_context("spawn")
+    figures = {}
+    for name in dict.fromkeys(["ours", *flags.peer]):
+        if name == "none":
+            continue
+        print(name, file=sys.stderr, flush=True)
         try:
-            figures, ratios, rows = measure(names, make_work(flags, vocab), flags.rounds)
-        except torch.OutOfMemoryError:
-            text = "the contenders do not fit in memory together; measure each with --only"
-            raise TrainingError(text) from None
-        shown = figures | {f"{name} / ours": ratios[name] for name in ratios}
-        lines = table(COLUMNS, shown)
-        result |= figures.pop("ours", {})  # ours stands at the top level
-        result |= figures | {"ratios": ratios, "rows": rows}
-    print(machine.headline(result))
+            with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+                figures[name] = process.submit(measure, name, flags).result()
+        except RuntimeError as error:  # out of memory: the others go on
+            figures[name] = {"note": " ".join(str(error).split())[:100]}
+
+    ours = figures["ours"]
+    rows = [{"": name} | row for name, row in figures.items()]
+    ratios = {}
+    for name, row in figures.items():
+        if name != "ours" and "note" not in ours | row:
+            ratios[name] = {key: row[key] / ours[key] for key in RATIOS}
+            rows.append({"": f"{name} / ours"} | ratios[name])
+    del figures["ours"]
+    result |= ours | figures | {"ratios": ratios}  # ours stands at the top level
     lengths = f"prompt {flags.prompt}, trace {flags.new}, answer {flags.answer}"
-    print(f"{model_name}, {flags.dtype}: {flags.questions} questions x {flags.traces}, {lengths}")
-    print("\n".join(lines))
-    if flags.save:
-        tag = "sweep" if flags.sweep else f"prompt-{flags.prompt}"
-        path = machine.save("step", result, model_name, flags.dtype, tag)
-        print(f"wrote {path.relative_to(machine.ROOT)}")
-    if flags.json:
-        print(json.dumps(result))
+    shape = f"{flags.questions} questions x {flags.traces}, {lengths}"
+    lines = [f"{result['model']}, {flags.dtype}: {shape}", *machine.table(["", *FIGURES], rows)]
+    machine.conclude(flags, "step", result, lines, result["model"], f"prompt-{flags.prompt}")
 
 
 if __name__ == "__main__":

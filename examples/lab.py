@@ -50,7 +50,7 @@ from data import Example, Pairs  # noqa: E402
 from examples.hops.make import Task, make_trace  # noqa: E402
 from model import Transformer  # noqa: E402
 from preflight import NAMES, preflight, sample_group_scores, verdict  # noqa: E402
-from sample import sample_traces  # noqa: E402
+from sample import sample_thoughts, trace_ids  # noqa: E402
 from support.args import Args  # noqa: E402
 from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
@@ -307,12 +307,12 @@ def hard_tokens(final: Path, data: Path) -> dict[str, float]:
     model's own greedy trace, after the empty one (_null) and after the next row's (_shuffled).
     """
     model, tokenizer = load_model(final), Tokenizer(final)
-    marker, cut = tokenizer.marker_id, tokenizer.cut_ids
+    marker = tokenizer.marker_id
     examples = read_examples(data, HARD_ROWS)
     hard = [row["hard"] for row in read_rows(data)[:HARD_ROWS]]
     prompts = [example.prompt for example in examples]
-    groups = sample_traces(model, prompts, 1, Args.max_trace, 0.0, stop_ids=[marker], cut_ids=cut)
-    own = [trace.ids if trace.finished else [*trace.ids, marker] for (trace,) in groups]
+    groups = sample_thoughts(model, tokenizer, prompts, 1, Args.max_trace, temperature=0.0)
+    own = [trace_ids(trace, marker) for (trace,) in groups]
     contexts = {"": own, "_null": [[marker]] * len(own), "_shuffled": own[1:] + own[:1]}
     figures = {}
     for name, traces in contexts.items():

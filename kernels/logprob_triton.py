@@ -62,8 +62,6 @@ class Config:
 
 HOPPER = Config(128, 256, 64, stages=4, warps=8, tma=True)
 HOPPER_FEW_ROWS = Config(64, 256, 64, stages=4, warps=8, tma=True)
-AMPERE = Config(128, 256, 32, stages=4, warps=8)
-AMPERE_FEW_ROWS = Config(64, 256, 64, stages=3, warps=8)
 OTHER = Config(128, 128, 64, stages=3, warps=8)  # 96 KB of shared memory: fits since Ampere
 FP32 = Config(64, 128, 32, stages=3, warps=8)  # no tensor cores: bound by registers, not by loads
 INTERPRETER = Config(64, 256, 64, stages=1, warps=4, group=2)
@@ -76,11 +74,9 @@ def pick_config(x: Tensor) -> Config:
     if x.dtype == torch.float32:
         return FP32
     major, _ = torch.cuda.get_device_capability(x.device)
-    if major == 9:
-        return HOPPER if len(x) > 64 else HOPPER_FEW_ROWS
-    if major == 8:
-        return AMPERE if len(x) > 64 else AMPERE_FEW_ROWS
-    return OTHER
+    if major != 9:
+        return OTHER
+    return HOPPER if len(x) > 64 else HOPPER_FEW_ROWS
 
 
 # ---- launches: functions of the same names as in kernels.logprob.Plain
@@ -131,8 +127,9 @@ def _launch(kernel, config, x, w, temperature: float, *tensors: Tensor | None, *
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     else:
         programs = 3  # fewer than the tiles of a test, so that the persistent loop is tested
+    device = x.device  # Triton keeps the allocator, which must not keep the rows x as well
     triton.set_allocator(
-        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device)
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
     )
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernel[(min(tiles, programs),)](

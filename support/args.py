@@ -15,7 +15,7 @@ import torch
 from aggregate import AGGREGATORS, declares, find_aggregator, sees_text
 from model import Transformer
 from support.distributed import world_size
-from support.errors import InputError, OneLineParser, python, read_json, refusing, require
+from support.errors import InputError, OneLineParser, read_json, refusing, require
 from support.tokenizer import Tokenizer
 from support.weights import load_with_marker
 
@@ -198,26 +198,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def command_of(args: Args) -> list[str]:
-    """The command that makes the same run in an empty folder."""
-    words = [python(), "train.py"]
-    for name, value in vars(args).items():
-        if isinstance(value, bool):
-            words += [flag_of(name)] * (value and name not in ("resume", "overwrite"))
-        elif value is not None:
-            words += [flag_of(name), str(value)]
-    return words
-
-
 def hops_defaults(args: Args) -> str:
-    """A line of warning where another model meets defaults that are meant for examples/hops."""
-    paper = {"lr": "2e-6", "max_trace": "2048", "questions": "256"}  # for 3B to 8B
-    kept = [name for name in paper if getattr(args, name) == getattr(Args, name)]
-    if args.model == Args.model or not kept:
+    """A line of warning where another model meets a default that is meant for examples/hops."""
+    if args.model == Args.model or args.lr != Args.lr:
         return ""
-    ours = " ".join(f"{flag_of(name)} {getattr(args, name)}" for name in kept)
-    theirs = " ".join(f"{flag_of(name)} {paper[name]}" for name in kept)
-    return f"note: {ours} suits examples/hops; for 3B to 8B the paper takes {theirs}\n"
+    return f"note: --lr {args.lr} suits examples/hops; for 3B to 8B the paper takes 2e-6\n"
 
 
 # ---- checks
@@ -248,8 +233,9 @@ def check_args(args: Args) -> None:
         text = "one reward has no std; take --scale none"
         check(args.scale == "none", "traces scale", text)
     if args.traces == 0:
-        text = "plain SFT on the empty trace: --null and --clip-null mean nothing there"
-        check(args.null == "policy" and not args.clip_null, "traces", text)
+        text = "plain SFT on the empty trace: --null, --clip-null, --answer-weight mean nothing"
+        defaults = (args.null, args.clip_null, args.answer_weight) == ("policy", False, "fixed")
+        check(defaults, "traces", text)
     alone = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
     text = "the null think has no reward outside the group"
     check(alone or not args.clip_null, "clip_null aggregator", text)
@@ -310,6 +296,7 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
         trained = tokenizer.trained_marker
         text = f"was trained with {trained!r}" if trained else "train.py adds it to a base"
         raise InputError(f"{args.model}: has no marker {tokenizer.marker!r}: {text}")
+    require(args.seed >= 0, f"--seed {args.seed}: should be 0 or more")
     with refusing(f"--device {args.device}"):
         torch.empty(0, device=args.device)
     dtype = getattr(torch, args.dtype)

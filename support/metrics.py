@@ -1,32 +1,8 @@
 """Metrics and logging: the figures of a question, of a step, log.jsonl, samples.jsonl, the console.
 
-The keys of log.jsonl are stable; scripts rely on them. Log-probs in nats, lengths in tokens, times
-in seconds. Means are over traces or questions of the step.
-
-    reward_mean, reward_min, reward_max     of the K traces of every question
-    reward_std        std of the K rewards of a question (of the population)
-    zero_std_frac     share of questions whose rewards were all equal: no trace term
-    gold_logp_think   log-prob of the gold answer after a trace
-    gold_logp_null    the same after the empty trace, under the current policy
-    gain              gold_logp_think - gold_logp_null: how much thinking helps
-    gold_ce           cross-entropy per gold token after a trace
-    trace_len_mean, trace_len_min, trace_len_max
-    len_reward_corr   correlation of trace length and reward within a question, mean over questions
-                      whose lengths and rewards both vary; below 0: shorter traces get higher reward
-    finished_frac     share of traces that ended with a sampled marker
-    entropy           of the sampling distribution, mean per trace token
-    dup_frac          share of traces that equal an earlier trace of their question
-    rep_frac          share of 4-grams that occurred before in their trace
-    ratio_max         largest importance ratio pi / pi_sampler
-    clip_frac         share of trace tokens whose ratio lies outside the truncation range; with one
-                      update per step nothing is truncated
-    sampler_gap       largest |log pi - log pi_sampler| before the first update: rounding, or a bug
-    trace_loss, answer_loss, marker_loss, loss     the terms of the loss, and their sum
-    grad_norm         before clipping, mean over the step's updates
-    bad_updates       updates whose gradient was not finite; they are not applied
-    lr, skipped_long, tokens_per_s, sec_sample, sec_score, sec_update, mem_gb
-    eval_...          see evaluate.py
-    warnings          texts: signs of collapse that show for the first time
+The keys of log.jsonl are stable; scripts rely on them. They are explained where they are made:
+`step_figures`, `time_figures` and evaluate.py. Log-probs in nats, lengths in tokens, times in
+seconds. Means are over traces or questions of the step.
 
 A figure of your own is a number put into a question's figures (train.train_step): its mean is
 logged under its name.
@@ -74,8 +50,8 @@ def question_figures(outcome: Outcome) -> dict:
     low, high = RATIO_RANGE
     outside = (log_ratios.exp() < low) | (log_ratios.exp() > high)
     return {
-        "zero_std_frac": not outcome.advantage.any().item(),
-        "gold_logp_null": scores.null_logp.sum().item(),
+        "zero_std_frac": not outcome.advantage.any().item(),  # all rewards equal: no trace term
+        "gold_logp_null": scores.null_logp.sum().item(),  # under the current policy
         "_reward": outcome.reward.tolist(),
         "_gold_logp_think": scores.answer_logp.detach().sum(dim=1).tolist(),
         "_answer_len": scores.answer_logp.shape[1],
@@ -119,27 +95,29 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
     means = {name: mean(of_questions(name)) for name in questions[0] if name[0] != "_"}
     return means | {
         "reward_mean": mean(rewards),
-        "reward_std": mean([std(values) for values in of_questions("_reward")]),
+        "reward_std": mean([std(values) for values in of_questions("_reward")]),  # of a question's
         "reward_min": min(rewards),
         "reward_max": max(rewards),
-        "gold_logp_think": mean(think),
-        "gain": mean(think) - means["gold_logp_null"],
-        "gold_ce": -sum(think) / answer_tokens,
+        "gold_logp_think": mean(think),  # log-prob of the gold answer after a trace
+        "gain": mean(think) - means["gold_logp_null"],  # how much thinking helps
+        "gold_ce": -sum(think) / answer_tokens,  # per gold token, after a trace
         "trace_len_mean": mean(lengths),
         "trace_len_min": min(lengths),
         "trace_len_max": max(lengths),
+        # within a question; below 0: shorter traces get higher reward
         "len_reward_corr": mean_correlation(of_questions("_trace_len"), of_questions("_reward")),
-        "finished_frac": mean(of_traces("_finished")),
-        "entropy": sum(of_questions("_entropy_sum")) / trace_tokens,
-        "dup_frac": 1 - mean(of_questions("_distinct")),
+        "finished_frac": mean(of_traces("_finished")),  # ended with a sampled marker
+        "entropy": sum(of_questions("_entropy_sum")) / trace_tokens,  # of the sampling distribution
+        "dup_frac": 1 - mean(of_questions("_distinct")),  # equal to another trace of the question
         "rep_frac": mean(of_traces("_rep")),
-        "ratio_max": max(of_questions("_ratio_max")),
-        "clip_frac": sum(of_questions("_clipped")) / trace_tokens,
+        "ratio_max": max(of_questions("_ratio_max")),  # of pi / pi_sampler
+        "clip_frac": sum(of_questions("_clipped")) / trace_tokens,  # tokens outside RATIO_RANGE
+        # largest |log pi - log pi_sampler| before the first update: rounding, or a bug
         "sampler_gap": max(question["_sampler_gap"] for question in first_update),
         **dict(zip(("trace_loss", "answer_loss", "marker_loss"), losses, strict=True)),
         "loss": sum(losses),
-        "grad_norm": mean(norms),
-        "bad_updates": sum(not math.isfinite(norm) for norm in norms),
+        "grad_norm": mean(norms),  # before clipping
+        "bad_updates": sum(not math.isfinite(norm) for norm in norms),  # not finite: not applied
     }
 
 

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint import (
 
 from data import Pairs
 from model import Transformer
-from support.args import Args, check_same_run, command_of, flag_of, saved_args
+from support.args import Args, check_same_run, flag_of, saved_args
 from support.distributed import gather_objects, on_first_rank, rank, whole
 from support.errors import (
     InputError,
@@ -200,7 +200,7 @@ class Run:
 
     # ---- writing
     def open(self) -> Log:
-        """Makes the folder ready to be written to; prints the run's command; listens to signals."""
+        """Makes the folder ready to be written to, and listens to signals."""
         # Read before anything is written: a run may outlive the directory it began from.
         self.dtypes = stored_dtypes(self.args.model)  # of final/
         on_first_rank(self.prepare)
@@ -219,7 +219,6 @@ class Run:
             write_json(self.out / "args.json", asdict(self.args))
             for path in temporary:
                 remove(path)
-        print(shlex.join(command_of(self.args)))
 
     def receive(self, number: int, frame: object) -> None:
         """The first Ctrl-C or SIGTERM asks the run to stop after its step; a second ends it."""

@@ -254,14 +254,6 @@ def with_ordinary_token(tokenizer: tokenizers.Tokenizer, token: int) -> tokenize
     return tokenizers.Tokenizer.from_str(json.dumps(made))
 
 
-def is_text(text: str) -> bool:
-    """Python's and JSON's strings may hold half a character, a tokenizer's do not."""
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 # ---- chat templates
 def own_template(path: Path, described: dict) -> str:
     """The directory's chat template, "" if it has none. described: its tokenizer_config.json."""

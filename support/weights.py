@@ -6,9 +6,8 @@
 What is not implemented, missing or misshapen is refused in one line that names the file and the
 field or tensor: a silent default would train a different model.
 
-Nothing here knows of processes. A rank that holds a part of the rows of every tensor passes `rows`
-(which rows to read) and `whole` (how to gather a tensor that is written); support/distributed.py
-has both.
+Nothing here knows of processes: a rank that holds some rows of every tensor passes `whole`, how to
+gather a tensor that is written (support/distributed.py).
 """
 
 import shutil
@@ -33,6 +32,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+
+INDEX = "model.safetensors.index.json"  # names the files of a model in several
 
 # ---- config.json
 # Fields that change the computation in ways that are not implemented: only this value is accepted.
@@ -129,30 +130,12 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in the Hugging Face directory `path`. InputError if it cannot be read."""
-    model = empty_model(read_config(path))
-    return assign(model, read_tensors(path, model, dtype, device))
+    """The model in the Hugging Face directory `path`.
 
-
-def empty_model(config: Config) -> Transformer:
-    """A model without storage (meta device): shapes alone, until `assign` gives it tensors."""
-    with refusing("config.json"), torch.device("meta"):
-        return Transformer(config)
-
-
-def read_tensors(
-    path: str | Path,
-    model: Transformer,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    rows: Callable[[int], slice] | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of a directory by the parameter names of `model`, which may be an empty model.
-
-    rows: number of rows of a tensor -> the rows to read; the others stay on disk. None reads all.
-    The result is a copy: a memory map would change with the file, or end the process with it.
+    Its tensors are copies: a memory map would change with the file, or end the process with it.
     InputError names the tensor that is missing, misshapen or unknown, or the unreadable file.
     """
+    model = empty_model(read_config(path))
     parameters = {file_name(name): (name, list(p.shape)) for name, p in model.named_parameters()}
     found = {}
     for file in weight_files(Path(path)):
@@ -170,11 +153,17 @@ def read_tensors(
                 shape, kind = stored.get_shape(), stored.get_dtype()
                 require(shape == right, f"{tensor} has shape {shape}, config.json says {right}")
                 require(kind in DTYPES, f"{tensor} is {kind}, it should be of {', '.join(DTYPES)}")
-                values = stored[rows(right[0])] if rows else tensors.get_tensor(stored_name)
+                values = tensors.get_tensor(stored_name)
                 found[name] = values.to(device=device, dtype=dtype, copy=True)
     for stored_name, (name, _) in parameters.items():
         require(name in found, f"{path}: tensor {stored_name} is missing")
-    return found
+    return assign(model, found)
+
+
+def empty_model(config: Config) -> Transformer:
+    """A model without storage (meta device): shapes alone, until `assign` gives it tensors."""
+    with refusing("config.json"), torch.device("meta"):
+        return Transformer(config)
 
 
 def assign(model: Transformer, state: dict[str, Tensor]) -> Transformer:
@@ -192,7 +181,7 @@ def file_name(name: str) -> str:
 
 def weight_files(path: Path) -> list[Path]:
     """The directory's safetensors files: those its index names, or the only one."""
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if not index.is_file():
         return [path / "model.safetensors"]
     with refusing(index):
@@ -241,58 +230,28 @@ def save_model(
     model: Transformer,
     path: str | Path,
     dtypes: dict[str, torch.dtype] | None = None,
-    max_shard_bytes: int = 5 * 10**9,  # per file, the default of transformers
     whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     writes: bool = True,
 ) -> None:
-    """Writes config.json and safetensors, several files and their index above `max_shard_bytes`.
+    """Writes config.json and model.safetensors.
 
     dtypes: by the tensors' names in the file; others keep that of the parameter. A tied head is
     written once, as the embedding.
     whole: gathers a parameter that is split over ranks. Every rank must call then, with `writes`
-    True on one of them. The tensors of one file at a time are whole in its memory.
+    True on one of them, whose memory holds the model.
     """
-    path = Path(path)
-    parameters = {file_name(name): p.detach() for name, p in model.named_parameters()}
-    dtypes = {name: (dtypes or {}).get(name, p.dtype) for name, p in parameters.items()}
-    sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
-    shards = split_into_shards(sizes, max_shard_bytes)
-    if writes:
-        path.mkdir(parents=True, exist_ok=True)
-    for file, names in shards.items():
-        tensors = {}
-        for name in names:
-            tensor = whole(parameters[name].to(dtypes[name]))  # cast first: less to gather
-            if writes:
-                tensors[name] = tensor.cpu().contiguous()
+    path, tensors = Path(path), {}
+    for name, parameter in model.named_parameters():
+        name = file_name(name)
+        dtype = (dtypes or {}).get(name, parameter.dtype)
+        tensor = whole(parameter.detach().to(dtype))  # cast first: less to gather
         if writes:
-            save_file(tensors, path / file, metadata={"format": "pt"})
+            tensors[name] = tensor.cpu().contiguous()
     if not writes:
         return
-    # A model saved here before may have other files. Its index would be read in place of ours.
-    for old in set(path.glob("model*.safetensors*")) - {path / file for file in shards}:
-        old.unlink()
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(path / "model.safetensors.index.json", index)
-    first = next(iter(dtypes.values()))
-    write_json(path / "config.json", config_json(model.config, first))
-    for file in shards:  # safetensors makes files that only their owner may read
-        shutil.copymode(path / "config.json", path / file)
-
-
-def split_into_shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """Tensor sizes in bytes -> the tensors of each file, in order. A larger tensor has its own."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / INDEX).unlink(missing_ok=True)  # of another model: it would be read in place of ours
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    write_json(path / "config.json", config_json(model.config, next(iter(tensors.values())).dtype))
+    # safetensors makes files that only their owner may read
+    shutil.copymode(path / "config.json", path / "model.safetensors")

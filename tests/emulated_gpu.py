@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -153,7 +152,8 @@ def emulate() -> None:
     aten._flash_attention_forward = flash_attention_forward
     bias.causal_lower_right = _disable_current_modes()(bias.causal_lower_right)
     # FSDP2 in one process
-    dist.init_process_group = partial(dist.init_process_group, "cpu:gloo,cuda:gloo")
+    start = dist.init_process_group
+    dist.init_process_group = lambda _, **kwargs: start("cpu:gloo,cuda:gloo", **kwargs)
     torch.cuda.current_device = lambda: 0
     torch.cuda.Stream = torch.cuda.Event = torch.cuda.current_stream = Stream
     torch.cuda.stream = nullcontext

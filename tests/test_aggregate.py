@@ -2,19 +2,13 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
-from aggregate import (
-    AGGREGATORS,
-    MAX_EXPONENT,
-    ROUNDING,
-    advantages,
-    aggregate,
-    declares,
-    find_aggregator,
-)
+from aggregate import AGGREGATORS, ROUNDING, advantages, aggregate, credit, declares
+from support.args import Args
 
 PUBLISHED = [
     "log_prob",
@@ -113,49 +107,48 @@ def given(case: str, dtype: torch.dtype) -> tuple:
 
 def rounding(logp: torch.Tensor, null_logp: torch.Tensor) -> float:
     """Relative error of exp(x) for x rounded to dtype: eps |x|, for the largest sum of logs."""
-    return (
-        4
-        * torch.finfo(logp.dtype).eps
-        * (1 + float(logp.sum(1).abs().max() + null_logp.abs().max()))
-    )
+    largest = float(logp.sum(1).abs().max() + null_logp.abs().max())
+    return 4 * torch.finfo(logp.dtype).eps * (1 + largest)
 
 
 # ---- reward and weight
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_reward_is_the_tables_formula(name, case, dtype):
+def test_reward_and_answer_weight_from_autograd_are_the_tables_formulas(name, case, dtype):
     logp, null_logp, c, null = given(case, dtype)
-    reward, _ = aggregate(name, logp, null_logp)
+    reward, weight = aggregate(name, logp, null_logp)
     expected = torch.tensor(expected_reward(name, c, null), dtype=torch.float64)
-    error = rounding(logp, null_logp)
-    assert reward.shape == expected.shape and reward.isfinite().all()
-    atol = error if name in LOGARITHMIC else torch.finfo(dtype).tiny
+    expected_w = torch.tensor(expected_weight(name, c, null), dtype=torch.float64)
+    assert reward.isfinite().all() and weight.isfinite().all()
+    error, tiny = rounding(logp, null_logp), torch.finfo(dtype).tiny
+    atol = error if name in LOGARITHMIC else tiny
     torch.testing.assert_close(reward.double(), expected, rtol=error, atol=atol)
+    torch.testing.assert_close(weight.double(), expected_w, rtol=error, atol=tiny)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_answer_weight_from_autograd_is_the_tables_closed_form(name, case, dtype):
-    logp, null_logp, c, null = given(case, dtype)
-    _, weight = aggregate(name, logp, null_logp)
-    expected = torch.tensor(expected_weight(name, c, null), dtype=torch.float64)
-    assert weight.shape == expected.shape and weight.isfinite().all()
-    torch.testing.assert_close(
-        weight.double(), expected, rtol=rounding(logp, null_logp), atol=torch.finfo(dtype).tiny
-    )
-
-
-def test_the_published_methods_and_exact_match_are_there():
-    assert set(AGGREGATORS) >= {*PUBLISHED, "exact_match"}
+def test_results_are_detached_in_the_dtype_that_comes_in_and_inputs_stay_as_they_were(name, dtype):
+    """Under no_grad too."""
+    logp, null_logp, _, _ = given("ordinary", dtype)
+    before = logp.clone(), null_logp.clone()
+    results = aggregate(name, logp, null_logp)
+    with torch.no_grad():
+        inside = aggregate(name, logp, null_logp)
+    for result, same in zip(results, inside, strict=True):
+        assert result.dtype == dtype and not result.requires_grad
+        assert torch.equal(result, same)
+    assert torch.equal(logp, before[0]) and torch.equal(null_logp, before[1])
+    assert not logp.requires_grad and logp.grad is None and not null_logp.requires_grad
 
 
 def test_what_is_unusual_about_a_function_is_declared_where_it_is_defined():
-    declared = {}
-    for attribute in ("group", "relative", "objective", "random"):
-        names = [*PUBLISHED, "exact_match"]
-        declared[attribute] = [name for name in names if declares(name, attribute)]
+    assert set(AGGREGATORS) == {*PUBLISHED, "exact_match"}
+    declared = {
+        attribute: [name for name in AGGREGATORS if declares(name, attribute)]
+        for attribute in ("group", "relative", "objective", "random")
+    }
     assert declared == {
         "group": ["r3", "jlb_multi"],
         "relative": ["jlb_multi"],
@@ -179,6 +172,20 @@ def test_exact_match_is_one_where_the_uniform_number_lies_below_the_answers_prob
     assert hits.tolist() == [25, 18, 100]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_over_null_is_capped_at_the_documented_exponent(dtype):
+    """At the cap 4096 certain answer tokens have finite rewards; just below it nothing changes."""
+    name, logp = "weighted_sum_inverse_prob", torch.zeros(2, 4096, dtype=dtype)
+    reward, weight = aggregate(name, logp, torch.full((4096,), -1000.0, dtype=dtype))
+    error = 128 * torch.finfo(dtype).eps  # of exp(80) computed in dtype, and of a sum of 4096
+    assert reward.tolist() == pytest.approx([math.exp(80)] * 2, rel=error)
+    expected = torch.full((2, 4096), math.exp(80) / 4096, dtype=torch.float64)
+    torch.testing.assert_close(weight.double(), expected, rtol=error, atol=0)
+    below, _ = aggregate(name, logp[:, :1], torch.tensor([-79.0], dtype=dtype))
+    assert float(below[0]) == pytest.approx(math.exp(79), rel=error)
+
+
+# ---- functions of one's own
 MY_FILE = """
 def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
     return logp.exp().min(dim=1).values
@@ -190,7 +197,7 @@ def test_an_aggregator_of_ones_own_is_named_by_file_and_function(tmp_path):
     logp, null_logp, c, _ = given("ordinary", torch.float64)
     reward, weight = aggregate(f"{tmp_path}/my_file.py:hardest_token", logp, null_logp)
     assert reward.tolist() == pytest.approx([min(row) for row in c], rel=1e-12)
-    least = [[p if p == min(row) else 0.0 for p in row] for row in c]
+    least = [[p if p == min(row) else 0.0 for p in row] for row in c]  # w = c df/dc
     torch.testing.assert_close(weight, torch.tensor(least, dtype=torch.float64))
 
 
@@ -212,115 +219,26 @@ def test_a_function_of_five_parameters_sees_example_traces_and_tokenizer(monkeyp
     assert reward.tolist() == [1, 0, 0] and torch.equal(weight, torch.zeros_like(logp))
 
 
-def test_a_reward_of_another_shape_than_one_number_a_trace_is_refused(monkeypatch):
-    """[K, 1] would be broadcast to an advantage of every pair of traces."""
-    monkeypatch.setitem(AGGREGATORS, "column", lambda logp, null_logp: logp[:, :1])
-    logp, null_logp, _, _ = given("ordinary", torch.float64)
-    with pytest.raises(ValueError, match=r"column returned shape \[3, 1\], it should be \[3\]"):
-        aggregate("column", logp, null_logp)
-
-
 @pytest.mark.parametrize(
-    ("name", "says"),
+    "name, says",
     [
-        ("geometric", "unknown aggregator 'geometric'"),
-        ("nowhere.py:f", "nowhere.py: no such file"),
-        ("{file}:other", "defines no function 'other'"),
+        ("geometric", "unknown aggregator 'geometric'; there are " + ", ".join(AGGREGATORS)),
+        ("nowhere.py:f", "nowhere.py"),
+        ("my_file.py:other", "my_file.py: defines no function 'other'"),
+        # [K, 1] would be broadcast to an advantage of every pair of traces
+        ("column", "column returned shape [3, 1], it should be [3]"),
     ],
 )
-def test_an_aggregator_that_is_not_there_is_refused_in_one_line(name, says, tmp_path):
+def test_an_aggregator_that_cannot_be_used_is_refused_in_one_line(
+    name, says, tmp_path, monkeypatch
+):
     (tmp_path / "my_file.py").write_text(MY_FILE)
-    with pytest.raises(ValueError) as refusal:
-        find_aggregator(name.replace("{file}", f"{tmp_path}/my_file.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(AGGREGATORS, "column", lambda logp, null_logp: logp[:, :1])
+    logp, null_logp, _, _ = given("ordinary", torch.float64)
+    with pytest.raises((ValueError, OSError)) as refusal:
+        aggregate(name, logp, null_logp)
     assert says in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_dtype_that_comes_in_goes_out_detached(name, dtype):
-    logp, null_logp, _, _ = given("ordinary", dtype)
-    for result in aggregate(name, logp.requires_grad_(), null_logp.requires_grad_()):
-        assert result.dtype == dtype and not result.requires_grad
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_inputs_are_left_as_they_were(name):
-    logp, null_logp, _, _ = given("ordinary", torch.float64)
-    before = logp.clone(), null_logp.clone()
-    aggregate(name, logp, null_logp)
-    assert torch.equal(logp, before[0]) and torch.equal(null_logp, before[1])
-    assert not logp.requires_grad and logp.grad is None and not null_logp.requires_grad
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_weights_come_out_under_no_grad_too(name):
-    logp, null_logp, _, _ = given("ordinary", torch.float64)
-    with torch.no_grad():
-        inside = aggregate(name, logp, null_logp)
-    for a, b in zip(inside, aggregate(name, logp, null_logp), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_new_f_brings_its_answer_weight_along(monkeypatch):
-    monkeypatch.setitem(
-        AGGREGATORS, "shortest_path", lambda logp, null_logp: logp.exp().min(dim=1).values
-    )
-    logp, null_logp, _, _ = given("ordinary", torch.float64)
-    reward, weight = aggregate("shortest_path", logp, null_logp)
-    expected = torch.tensor(
-        [[0, 0, 0, 0.03], [0, 0, 0, 0.1], [0, 0.05, 0, 0]], dtype=torch.float64
-    )  # w = c df/dc: c where c is least
-    torch.testing.assert_close(reward, expected.sum(1), rtol=1e-14, atol=0)
-    torch.testing.assert_close(weight, expected, rtol=1e-14, atol=0)
-
-
-def test_r3s_own_weights_take_no_gradient():
-    """With a gradient through v the answer weight of a trace would depend on the trace."""
-    logp, null_logp, c, _ = given("ordinary", torch.float64)
-    _, weight = aggregate("r3", logp, null_logp)
-    assert torch.equal(weight, weight[:1].expand_as(weight))
-    torch.testing.assert_close(
-        weight[0], torch.tensor(r3_weights(c), dtype=torch.float64), rtol=1e-13, atol=0
-    )
-    assert float(weight[0].sum()) == pytest.approx(1.0, abs=1e-15)
-
-
-def test_jlb_multi_of_one_trace_is_log_prob():
-    logp, null_logp, _, _ = given("K = 1", torch.float64)
-    for one, other in zip(
-        aggregate("jlb_multi", logp, null_logp), aggregate("log_prob", logp, null_logp), strict=True
-    ):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_over_null_is_capped_at_the_documented_exponent(dtype):
-    """At the cap 4096 certain answer tokens have finite rewards; just below it nothing changes."""
-    logp = torch.zeros(2, 4096, dtype=dtype)
-    reward, weight = aggregate(
-        "weighted_sum_inverse_prob", logp, torch.full((4096,), -1000.0, dtype=dtype)
-    )
-    error = 128 * torch.finfo(dtype).eps  # of exp(80) computed in dtype, and of a sum of 4096
-    torch.testing.assert_close(
-        reward.double(), torch.full((2,), math.exp(80), dtype=torch.float64), rtol=error, atol=0
-    )
-    torch.testing.assert_close(
-        weight.double(),
-        torch.full((2, 4096), math.exp(80) / 4096, dtype=torch.float64),
-        rtol=error,
-        atol=0,
-    )
-    below, _ = aggregate(
-        "weighted_sum_inverse_prob", logp[:, :1], torch.tensor([-79.0], dtype=dtype)
-    )
-    assert float(below[0]) == pytest.approx(math.exp(79), rel=error) and MAX_EXPONENT == 80
-
-
-def test_an_unknown_aggregator_is_refused_in_one_line_that_names_the_known():
-    with pytest.raises(ValueError) as refusal:
-        aggregate("geometric", torch.zeros(2, 3), torch.zeros(3))
-    text = str(refusal.value)
-    assert "\n" not in text and "'geometric'" in text and all(name in text for name in AGGREGATORS)
 
 
 # ---- advantages
@@ -328,10 +246,6 @@ REWARDS = [0.3, -1.2, 0.8, 2.5, 0.31]
 BY_HAND = {
     ("mean", "std"): lambda r, k: (r[k] - statistics.fmean(r)) / statistics.stdev(r),
     ("mean", "none"): lambda r, k: r[k] - statistics.fmean(r),
-    ("loo", "std"): lambda r, k: (
-        (r[k] - statistics.fmean(r[:k] + r[k + 1 :])) / statistics.stdev(r)
-    ),
-    ("loo", "none"): lambda r, k: r[k] - statistics.fmean(r[:k] + r[k + 1 :]),
     ("none", "std"): lambda r, k: r[k] / statistics.stdev(r),
     ("none", "none"): lambda r, k: r[k],
 }
@@ -341,9 +255,8 @@ BY_HAND = {
 @pytest.mark.parametrize("center, scale", BY_HAND)
 def test_advantages_are_the_formula_worked_by_hand(center, scale, rewards):
     expected = [BY_HAND[center, scale](rewards, k) for k in range(len(rewards))]
-    assert advantages(
-        torch.tensor(rewards, dtype=torch.float64), center, scale
-    ).tolist() == pytest.approx(expected, rel=1e-13)
+    advantage = advantages(torch.tensor(rewards, dtype=torch.float64), center, scale)
+    assert advantage.tolist() == pytest.approx(expected, rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
@@ -353,44 +266,6 @@ def test_advantages_are_worked_out_in_float64_and_rounded_once(center, scale, dt
     advantage = advantages(reward, center, scale)
     assert advantage.dtype == dtype and not advantage.requires_grad
     assert torch.equal(advantage, advantages(reward.double(), center, scale).to(dtype))
-
-
-def test_the_defaults_are_mean_and_std():
-    reward = torch.tensor(REWARDS, dtype=torch.float64)
-    assert torch.equal(advantages(reward), advantages(reward, center="mean", scale="std"))
-
-
-def test_the_leave_one_out_baseline_does_not_know_the_traces_own_reward():
-    reward = torch.tensor(REWARDS, dtype=torch.float64)
-    for k in range(len(REWARDS)):
-        other = reward.clone()
-        other[k] += 7.0
-        baseline, moved = (float(r[k] - advantages(r, "loo", "none")[k]) for r in (reward, other))
-        assert moved == pytest.approx(baseline, abs=1e-14)
-
-
-def test_leave_one_out_keeps_the_policy_gradient_and_the_mean_halves_it_for_two_traces():
-    """A policy over three traces: the REINFORCE estimate summed over all pairs by probability."""
-    p, reward = (
-        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
-        torch.tensor([1.0, -0.4, 2.2], dtype=torch.float64),
-    )
-    score_function = (
-        torch.eye(3, dtype=torch.float64) - p
-    )  # d log p_a / d logits of a softmax: row a
-    exact = sum(p[a] * reward[a] * score_function[a] for a in range(3))
-
-    def expectation(center: str) -> torch.Tensor:
-        total = torch.zeros(3, dtype=torch.float64)
-        for a in range(3):
-            for b in range(3):
-                advantage = advantages(reward[[a, b]], center, "none")
-                total += p[a] * p[b] * (advantage[:, None] * score_function[[a, b]]).mean(0)
-        return total
-
-    torch.testing.assert_close(expectation("none"), exact, rtol=1e-14, atol=1e-16)
-    torch.testing.assert_close(expectation("loo"), exact, rtol=1e-14, atol=1e-16)
-    torch.testing.assert_close(expectation("mean"), exact / 2, rtol=1e-14, atol=1e-16)
 
 
 @pytest.mark.parametrize("center, scale", [key for key in BY_HAND if key != ("none", "none")])
@@ -424,51 +299,64 @@ def test_the_floor_of_equal_rewards_is_what_rounding_does_to_this_reward(name, s
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_rewards_that_differ_by_more_than_the_floor_keep_their_advantages(size):
     reward = size + 3 * ROUNDING * torch.arange(4, dtype=torch.float64)
-    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64) / statistics.stdev(
-        range(4)
-    )
-    torch.testing.assert_close(
-        advantages(reward), expected, rtol=1e-8, atol=0
-    )  # 1 + 3e-6 itself is only good to 1e-10
-
-
-@pytest.mark.parametrize("center", ["mean", "loo"])
-def test_one_trace_cannot_be_centred(center):
-    with pytest.raises(ValueError, match=rf"center {center} .* at least 2 traces"):
-        advantages(torch.tensor([0.5]), center, "none")
-
-
-def test_one_trace_cannot_be_scaled_by_its_own_std():
-    """Its std is 0: every advantage would be 0, and the trace would never be trained."""
-    with pytest.raises(ValueError, match=r"scale std .* at least 2 traces"):
-        advantages(torch.tensor([0.5]), "none", "std")
-
-
-def test_one_trace_as_it_is_keeps_its_reward():
-    assert advantages(torch.tensor([0.5]), "none", "none").tolist() == [0.5]
+    expected = [place / statistics.stdev(range(4)) for place in (-1.5, -0.5, 0.5, 1.5)]
+    # 1 + 3e-6 itself is only good to 1e-10
+    assert advantages(reward).tolist() == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("center, scale", BY_HAND)
 def test_huge_fp32_rewards_stay_finite(center, scale):
     """weighted_sum_inverse_prob reaches 5e34, whose square is no fp32 number."""
     reward = torch.tensor([1e34, 3e34, 5e34, 0.0])
-    rewards = reward.tolist()  # what fp32 makes of them
-    assert advantages(reward, center, scale).tolist() == pytest.approx(
-        [BY_HAND[center, scale](rewards, k) for k in range(4)], rel=1e-6
-    )
+    expected = [BY_HAND[center, scale](reward.tolist(), k) for k in range(4)]
+    assert advantages(reward, center, scale).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "center, scale", [("median", "std"), ("mean", "mad"), ("", "none"), (None, "std")]
+    "rewards, center, scale, says",
+    [
+        ([0.5], "mean", "none", "center mean .* at least 2 traces"),
+        # Its std is 0: every advantage would be 0, and the trace would never be trained.
+        ([0.5], "none", "std", "scale std .* at least 2 traces"),
+        ([0.5, 0.7], "loo", "std", "mean or none, .* std or none: 'loo', 'std'"),
+        ([0.5, 0.7], "mean", "mad", "mean or none, .* std or none: 'mean', 'mad'"),
+    ],
 )
-def test_unknown_centring_and_scaling_are_refused_in_one_line_that_names_the_known(center, scale):
-    with pytest.raises(ValueError) as refusal:
-        advantages(torch.tensor([0.5, 0.7]), center, scale)
-    text = str(refusal.value)
-    assert (
-        "\n" not in text
-        and repr(center) in text
-        and repr(scale) in text
-        and "loo" in text
-        and "std" in text
-    )
+def test_what_has_no_advantage_is_refused_in_one_line(rewards, center, scale, says):
+    assert advantages(torch.tensor([0.5]), "none", "none").tolist() == [0.5]  # one trace, as it is
+    with pytest.raises(ValueError, match=says) as refusal:
+        advantages(torch.tensor(rewards), center, scale)
+    assert "\n" not in str(refusal.value)
+
+
+# ---- credit: all of it for one question
+def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answer_weight():
+    logp = torch.tensor([[-1.0, -1.0], [-3.0, -3.0]])
+    null_logp = torch.tensor([-2.0, -2.0])
+    raw = Args(aggregator="geometric_mean", center="none", scale="none", answer_weight="exact")
+    reward, advantage, omega = credit(logp, null_logp, replace(raw, clip_null=True))
+    assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0]))
+    assert torch.equal(reward, advantage)
+    assert torch.allclose(omega, torch.tensor([[math.exp(-1) / 2] * 2, [0.0] * 2]))
+
+
+@pytest.mark.parametrize("name, center", [("geometric_mean", "mean"), ("jlb_multi", "none")])
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("answer_weight", ["fixed", "exact", "none"])
+def test_credit_is_made_of_aggregate_and_advantages(name, center, scale, answer_weight):
+    """A reward that is relative to its group (jlb_multi) is not centred again."""
+    logp, null_logp, _, _ = given("ordinary", torch.float64)
+    args = Args(aggregator=name, scale=scale, answer_weight=answer_weight)
+    got = credit(logp, null_logp, args)
+    reward, weight = aggregate(name, logp, null_logp)
+    omega = {"fixed": torch.ones_like(logp), "exact": weight, "none": torch.zeros_like(logp)}
+    expected = reward, advantages(reward, center, scale, weight), omega[answer_weight]
+    assert all(map(torch.equal, got, expected))
+
+
+def test_plain_sft_has_no_advantage_and_answer_weight_1():
+    logp, null_logp, _, _ = given("K = 1", torch.float64)
+    for answer_weight in ("fixed", "exact"):
+        args = Args(traces=0, answer_weight=answer_weight)
+        _, advantage, omega = credit(logp, null_logp, args)
+        assert not advantage.any() and torch.equal(omega, torch.ones_like(logp))

@@ -56,7 +56,7 @@ def test_all_bad_rows_are_listed_and_nothing_is_written_unless_they_are_skipped(
         command(monkeypatch, capsys, "--out", out, file)
     listed = capsys.readouterr().err.splitlines()
     assert len(listed) == 20 and list(tmp_path.iterdir()) == [file]
-    says = ["line 1 column 2", "lacks 'answer'", "answer is empty"]
+    says = ["property name", "lacks 'answer'", "answer is empty"]
     for number, (line, text) in enumerate(zip(listed[:3], says, strict=True), start=2):
         assert line.startswith(f"{file}:{number}: ") and text in line
     rows, _ = command(monkeypatch, capsys, "--out", out, file, "--skip-bad-rows")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,44 +11,48 @@ import tiny
 import torch
 from test_sample import letters, line, next_logits, slow_trace
 
+import evaluate
 import sample
 from data import Example, Trace
-from evaluate import FIGURES, evaluate, main, sampled_accuracy, show_gains
+from evaluate import FIGURES, sampled_accuracy, show_gains
 from model import Transformer
 from sample import trace_ids
-from support.distributed import copy_token_rows
-from support.errors import InputError
+from support.errors import InputError, exit_on_bad_input
 from support.tokenizer import Tokenizer
-from support.weights import save_model
+from support.weights import load_with_marker, save_model
+
+MAX_TRACE = 6
+
+
+def example(tokenizer: Tokenizer, question: str, gold: str) -> Example:
+    prompt, answer = tokenizer.encode_prompt(question), tokenizer.encode_answer(gold)
+    return Example(0, prompt, answer, question, gold)
+
+
+def greedy_trace(model: Transformer, tokenizer: Tokenizer, prompt: list[int]) -> Trace:
+    marker, limit = tokenizer.marker_id, torch.zeros(MAX_TRACE)
+    return slow_trace(model, prompt, limit, 0.0, [marker], tokenizer.cut_ids)
+
+
+def greedy_answer(
+    model: Transformer, tokenizer: Tokenizer, read: list[int], limit: int
+) -> str | None:
+    """None: it has not ended within `limit` tokens."""
+    answer = slow_trace(model, read, torch.zeros(limit), 0.0, tokenizer.eos_ids)
+    return tokenizer.decode(answer.ids).strip() if answer.finished else None
 
 
 @torch.no_grad()
 def slow_figures(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int
+    model: Transformer, tokenizer: Tokenizer, examples: list[Example]
 ) -> tuple[dict, list[Trace]]:
     """The figures by their definitions, one example and one token at a time."""
-    marker, rows, traces = tokenizer.marker_id, [], []
-    for example in examples:
-        limit = torch.zeros(max_trace)
-        traces.append(slow_trace(model, example.prompt, limit, 0.0, [marker], tokenizer.cut_ids))
-
-    def answered(example: Example, context: list[int]) -> Trace:
-        limit = torch.zeros(len(example.answer))
-        read = [*example.prompt, *context]
-        return slow_trace(model, read, limit, 0.0, tokenizer.eos_ids)
+    marker, rows = tokenizer.marker_id, []
+    traces = [greedy_trace(model, tokenizer, example.prompt) for example in examples]
 
     def right(example: Example, context: list[int]) -> bool:
-        answer = answered(example, context)
-        return answer.finished and tokenizer.decode(answer.ids).strip() == example.gold
-
-    def f1(example: Example, context: list[int]) -> float:
-        words = tokenizer.decode(answered(example, context).ids).split()
-        gold = example.gold.split()
-        common = sum(min(words.count(word), gold.count(word)) for word in set(gold))
-        if common == 0:
-            return 0.0
-        precision, recall = common / len(words), common / len(gold)
-        return 2 * precision * recall / (precision + recall)
+        read = [*example.prompt, *context]
+        return greedy_answer(model, tokenizer, read, len(example.answer)) == example.gold
 
     def gold_logp(example: Example, context: list[int]) -> float:
         total = 0.0
@@ -59,54 +64,40 @@ def slow_figures(
     for i, (example, trace) in enumerate(zip(examples, traces, strict=True)):
         own = trace_ids(trace, marker)
         other = trace_ids(traces[(i + 1) % len(traces)], marker)
-        half = [*own[: (len(own) - 1) // 2], marker]  # of the tokens before the marker
         null = gold_logp(example, [marker])
         row = {"accuracy": right(example, own), "accuracy_null": right(example, [marker])}
-        row["f1"] = f1(example, own)
         row["gain"] = gold_logp(example, own) - null
         row["gain_shuffled"] = gold_logp(example, other) - null
-        row["gain_half"] = gold_logp(example, half) - null
         row["trace_len"] = len(trace.ids)
         rows.append(row)
     means = {f"eval_{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return means, traces
 
 
-def example(tokenizer: Tokenizer, question: str, gold: str) -> Example:
-    return Example(
-        0, tokenizer.encode_prompt(question), tokenizer.encode_answer(gold), question, gold
-    )
-
-
-def examples_to_get_right_and_wrong(
-    model: Transformer, tokenizer: Tokenizer, max_trace: int
-) -> list[Example]:
+def examples_to_get_right_and_wrong(model: Transformer, tokenizer: Tokenizer) -> list[Example]:
     """Gold answers: in turn what the model answers after a trace, after the empty one, neither."""
     generator, examples, marker = torch.Generator().manual_seed(1), [], tokenizer.marker_id
     for i in range(12):
         prompt = torch.randint(3, 9, (1 + i % 5,), generator=generator).tolist()
-        trace = slow_trace(model, prompt, torch.zeros(max_trace), 0.0, [marker], tokenizer.cut_ids)
-        read = [*prompt, *(trace_ids(trace, marker) if i % 3 == 0 else [marker])]
-        answer = slow_trace(model, read, torch.zeros(8), 0.0, tokenizer.eos_ids)
-        gold = tokenizer.decode(answer.ids) if i % 3 < 2 and answer.finished else ""
-        gold = gold or "a b c"[: 1 + 2 * (i % 3)]
+        thought = trace_ids(greedy_trace(model, tokenizer, prompt), marker)
+        read = [*prompt, *(thought if i % 3 == 0 else [marker])]
+        answer = greedy_answer(model, tokenizer, read, limit=8) if i % 3 < 2 else None
+        gold = answer or "a b c"[: 1 + 2 * (i % 3)]
         examples.append(example(tokenizer, tokenizer.decode(prompt), gold))
     return examples
 
 
 @pytest.mark.parametrize("seed", [54, 84])
-@pytest.mark.parametrize("batch", [64, 5, 1])
-def test_held_out_figures_equal_their_definitions(seed, batch, tmp_path):
+def test_held_out_figures_equal_their_definitions(seed, tmp_path):
     model, tokenizer = tiny.model(seed), letters(tmp_path)
-    examples = examples_to_get_right_and_wrong(model, tokenizer, max_trace=6)
-    expected, traces = slow_figures(model, tokenizer, examples, max_trace=6)
+    examples = examples_to_get_right_and_wrong(model, tokenizer)
+    expected, traces = slow_figures(model, tokenizer, examples)
     assert 0 < expected["eval_accuracy"] < 1 and 0 < expected["eval_accuracy_null"] < 1
     assert expected["eval_accuracy"] != expected["eval_accuracy_null"]
     assert abs(expected["eval_gain"]) > 0.01
-    assert expected["eval_accuracy"] < expected["eval_f1"] < 1
     kinds = {(trace.finished, len(trace.ids) == 6) for trace in traces}
     assert kinds >= {(True, False), (False, True), (False, False)}
-    figures = evaluate(model, tokenizer, examples, 6, batch)
+    figures = evaluate.evaluate(model, tokenizer, examples, 6)
     assert figures == pytest.approx(expected, rel=0, abs=1e-10)
 
 
@@ -122,37 +113,57 @@ def test_a_right_answer_ends_and_is_no_longer_than_the_gold_one_whatever_is_eval
     ends_otherwise = line(8, 9, 3, 2, vocab=10)  # a <eot> <eot> ...: special, but no eos
     for model, right in ((says_it, 1), (says_more, 0), (goes_on, 0), (ends_otherwise, 0)):
         for beside in ([], [long]):
-            figures = evaluate(model, tokenizer, [short, *beside], 4)
+            figures = evaluate.evaluate(model, tokenizer, [short, *beside], 4)
             assert figures["eval_accuracy"] == right / (1 + len(beside))
             assert figures["eval_accuracy_null"] == right / (1 + len(beside))
 
 
+def test_sampled_accuracy_is_the_probability_of_a_right_answer(tmp_path):
+    tokenizer = letters(tmp_path)
+    sure = line(8, 9, 3, 1, vocab=10)  # after "f": the marker m, a, <eos>
+    assert sampled_accuracy(sure, tokenizer, [example(tokenizer, "f", "a")], 4, 6) == 1
+    logits = torch.full((10, 10), -1e4, dtype=torch.float64)
+    logits[8, 9] = logits[3, 1] = logits[4, 1] = 0
+    logits[9, 3], logits[9, 4] = math.log(0.3), math.log(0.7)  # a or b
+    either = [example(tokenizer, "f", gold) for gold in ("a", "b", "b")]
+    share = sampled_accuracy(tiny.chain(logits), tokenizer, either, 500, 6)
+    assert abs(share - (0.3 + 0.7 + 0.7) / 3) < 0.05
+
+
 # ---- the command
-def command(monkeypatch, capsys, path: Path, *flags: str) -> list[str]:
-    """The lines it prints with the model in `path`."""
-    argv = ["evaluate.py", "--device", "cpu", "--model", str(path), "--max-trace", "6", *flags]
+ROWS = [("b c", "a b"), ("f", "a"), ("a", "a")]
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch) -> tuple[Transformer, Tokenizer]:
+    """A model in ./model, as it is read from there; ROWS in ./rows.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny.model(9, torch.float32), letters(tmp_path / "words")
+    save_model(model, "model")
+    tokenizer.save("model")
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in ROWS]
+    Path("rows.jsonl").write_text("\n".join(lines))
+    return model, tokenizer
+
+
+def command(
+    monkeypatch, capsys, *flags: str, main=evaluate.main, model: str = "model"
+) -> list[str]:
+    """The lines it prints."""
+    argv = ["evaluate.py", "--device=cpu", f"--model={model}", "--max-trace=6", *flags]
     monkeypatch.setattr("sys.argv", argv)
     main()
     return capsys.readouterr().out.splitlines()
 
 
-def save(model: Transformer, tokenizer: Tokenizer, path: Path) -> None:
-    save_model(model.float(), path)
-    tokenizer.save(path)
-
-
 @pytest.mark.parametrize("question", ["f", "c", "c a b"])
 def test_the_command_shows_trace_and_answer_and_what_the_trace_does_to_the_gold_one(
-    question, tmp_path, monkeypatch, capsys
+    question, saved, monkeypatch, capsys
 ):
-    model, tokenizer = tiny.model(9), letters(tmp_path)
-    save(model, tokenizer, tmp_path)
-    asked = ["--question", f" {question} ", "--gold", "a b"]
-    shown = command(monkeypatch, capsys, tmp_path, *asked, "--max-answer", "20")
-    monkeypatch.setattr("sys.argv", [*sys.argv[:-6], "--question", question, "--max-answer", "20"])
-    sample.main()
-    assert shown[:2] == capsys.readouterr().out.splitlines()  # as python sample.py prints them
-    figures, _ = slow_figures(model, tokenizer, [example(tokenizer, question, "a b")], 6)
+    asked = ["--question", f" {question} ", "--max-answer=20"]
+    shown = command(monkeypatch, capsys, *asked, "--gold=a b")
+    assert shown[:2] == command(monkeypatch, capsys, *asked, main=sample.main)
+    figures, _ = slow_figures(*saved, [example(saved[1], question, "a b")])
     gold_shown, gain_shown = shown[2:]
     assert gold_shown.startswith("gold    a (") and "<eos> (" in gold_shown
     assert gain_shown.endswith(f"gain {figures['eval_gain']:+.2f} nats")
@@ -168,96 +179,61 @@ def test_gains_are_numbers_in_a_file_and_shades_of_green_and_red_on_a_terminal(
     assert show_gains(tokenizer, [3, 4, 1], gains) == f"a {green}b\x1b[0m {red}<eos>\x1b[0m"
 
 
-def test_the_command_scores_a_data_set(tmp_path, monkeypatch, capsys):
-    model, tokenizer = tiny.model(9), letters(tmp_path)
-    save(model, tokenizer, tmp_path)
-    rows = [("b c", "a b"), ("d", "e f a"), ("a", "a")]
-    data = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
-    data.write_text("\n".join(lines))
-    shown = command(monkeypatch, capsys, tmp_path, "--data", str(data), "--limit", "2")
-    examples = [example(tokenizer, *row) for row in rows[:2]]
-    expected, _ = slow_figures(model, tokenizer, examples, 6)
+def test_the_command_scores_a_data_set_and_stores_what_was_predicted(saved, monkeypatch, capsys):
+    asked = ["--data=rows.jsonl", "--limit=2", "--predictions=predictions.jsonl"]
+    shown = command(monkeypatch, capsys, *asked)
+    expected, _ = slow_figures(*saved, [example(saved[1], *row) for row in ROWS[:2]])
     assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
-
-
-def test_the_command_stores_what_was_predicted(tmp_path, monkeypatch, capsys):
-    model, tokenizer = tiny.model(9), letters(tmp_path)
-    save(model, tokenizer, tmp_path)
-    data, stored = tmp_path / "rows.jsonl", tmp_path / "predictions.jsonl"
-    data.write_text('{"question": "b c", "answer": "a b"}\n{"question": "f", "answer": "a"}\n')
-    asked = ["--data", str(data), "--predictions", str(stored)]
-    figures = dict(line.split() for line in command(monkeypatch, capsys, tmp_path, *asked))
-    rows = [json.loads(line) for line in stored.read_text().splitlines()]
-    assert [(row["question"], row["gold"]) for row in rows] == [("b c", "a b"), ("f", "a")]
+    rows = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert [(row["question"], row["gold"]) for row in rows] == ROWS[:2]
     for name in FIGURES:
         mean = sum(row[name] for row in rows) / 2
-        assert figures[f"eval_{name}"] == f"{mean:.4g}"
-    shown = command(monkeypatch, capsys, tmp_path, "--question", "f", "--gold", "a")
+        assert mean == pytest.approx(expected[f"eval_{name}"], rel=1e-4)
+    shown = command(monkeypatch, capsys, "--question=f", "--gold=a")
     assert shown[0].startswith(f"trace   {rows[1]['trace']}")
     assert shown[1].startswith(f"answer  {rows[1]['answer']}")
     assert shown[3].endswith(f"gain {rows[1]['gain']:+.2f} nats")
 
 
-def test_sampled_accuracy_is_the_probability_of_a_right_answer(tmp_path):
-    tokenizer = letters(tmp_path)
-    sure = line(8, 9, 3, 1, vocab=10)  # after "f": the marker m, a, <eos>
-    assert sampled_accuracy(sure, tokenizer, [example(tokenizer, "f", "a")], 4, 6) == 1
-    logits = torch.full((10, 10), -1e4, dtype=torch.float64)
-    logits[8, 9] = logits[3, 1] = logits[4, 1] = 0
-    logits[9, 3], logits[9, 4] = math.log(0.3), math.log(0.7)  # a or b
-    either = [example(tokenizer, "f", gold) for gold in ("a", "b", "b")]
-    share = sampled_accuracy(tiny.chain(logits), tokenizer, either, 500, 6)
-    assert abs(share - (0.3 + 0.7 + 0.7) / 3) < 0.05
-    greedy = evaluate(tiny.chain(logits), tokenizer, either, 6)
-    assert greedy["eval_accuracy"] == pytest.approx(2 / 3)
-
-
 def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
-    tmp_path, monkeypatch, capsys
+    saved, monkeypatch, capsys
 ):
-    base, data = tmp_path / "base", tmp_path / "rows.jsonl"
-    tokenizer = letters(base)  # saved without nrt.json, and the marker given is new
-    save_model(tiny.model(9, vocab_size=10).float(), base)
-    data.write_text('{"question": "b c", "answer": "a b"}\n')
-    asked = ["--data", str(data), "--marker", "<new>", "--prompt-format", "{question}"]
-    figures = dict(line.split() for line in command(monkeypatch, capsys, base, *asked))
-    started = tiny.model(9, vocab_size=10).float()
-    tokenizer = Tokenizer(base, "<new>", "{question}")
-    copy_token_rows(started, tokenizer.marker_id, tokenizer.eos_ids[0])
-    expected = evaluate(started, tokenizer, [example(tokenizer, "b c", "a b")], 6)
-    assert figures == {name: f"{value:.4g}" for name, value in expected.items()}
-    with pytest.raises(InputError, match="has no marker '<new>', the token that ends a trace"):
-        monkeypatch.setattr(
-            "sys.argv", ["sample.py", *sys.argv[1:5], "--question", "b c", *asked[2:]]
-        )
-        sample.main()
+    save_model(tiny.model(9, torch.float32, vocab_size=10), "base")
+    shutil.copy("words/tokenizer.json", "base")  # no nrt.json, and the marker given is new
+    shutil.copy("words/tokenizer_config.json", "base")
+    asked = ["--marker=<new>", "--prompt-format={question}"]
+    shown = command(monkeypatch, capsys, "--data=rows.jsonl", *asked, model="base")
+    tokenizer = Tokenizer("base", "<new>", "{question}")
+    started = load_with_marker("base", tokenizer, torch.float32, "cpu")
+    examples = [example(tokenizer, *row) for row in ROWS]
+    expected = evaluate.evaluate(started, tokenizer, examples, 6)
+    assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
+    with pytest.raises(InputError, match="base: has no marker '<new>'"):
+        command(monkeypatch, capsys, "--question=b", *asked, main=sample.main, model="base")
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    ("flags", "says"),
     [
-        ([], "--question"),
-        (["--question", "a", "--gold", "a", "--predictions", "p.jsonl"], "--predictions"),
-        (
-            ["--data", "rows.jsonl", "--predictions", "nowhere/p.jsonl"],
-            "there is no folder nowhere",
-        ),
-        (["--data", "rows.jsonl", "--samples", "0"], "--samples"),
-        (["--question", "a", "--data", "rows.jsonl"], "--question"),
-        (["--question", "a"], "--gold"),
-        (["--gold", "a", "--data", "rows.jsonl"], "--gold"),
-        (["--data", "rows.jsonl", "--limit", "0"], "--limit"),
-        (["--question", " ", "--gold", "a"], "--question is empty"),
-        (["--question", "a", "--gold", "a", "--marker", "<new>"], "<new>"),
-        (["--question", "a", "--gold", "a", "--max-trace", "many"], "--max-trace"),
-        (["--question", "a", "--gold", "a", "--max-trace", "0"], "max_new_tokens"),
-        (["--question", "a", "--gold", "a", "--seed", "-1"], "--seed"),
-        (["--question", "a", "--gold", "a", "--colour"], "--colour"),
+        ("", "--question"),
+        ("--question=a --data=rows.jsonl", "--question"),
+        ("--question=a", "--gold"),
+        ("--gold=a --data=rows.jsonl", "--gold"),
+        ("--data=rows.jsonl --predictions=nowhere/p.jsonl", "nowhere"),
+        ("--data=rows.jsonl --limit=0", "rows.jsonl"),
+        ("--data=nowhere.jsonl", "nowhere.jsonl"),
+        ("--question= --gold=a", "--question"),
+        ("--question=a --gold=a --marker=<eos>", "<eos>"),
+        ("--question=a --gold=a --max-trace=many", "--max-trace"),
+        ("--question=a --gold=a --max-trace=0", "max_new_tokens"),
+        ("--question=a --gold=a --seed=-1", "--seed"),
+        ("--question=a --gold=a --colour", "--colour"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_use(flags, says, tmp_path, monkeypatch, capsys):
-    save(tiny.model(9), letters(tmp_path), tmp_path)
-    with pytest.raises(InputError, match=says) as refusal:
-        command(monkeypatch, capsys, tmp_path, *flags)
-    assert "\n" not in str(refusal.value)
+def test_what_cannot_be_used_is_refused_in_one_line(flags, says, saved, monkeypatch, capsys):
+    main = exit_on_bad_input(evaluate.main)
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, capsys, *flags.split(), main=main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and not Path("nowhere").exists()
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err

@@ -118,14 +118,13 @@ def test_a_rightly_worked_trace_is_what_make_writes_for_the_question(hard):
 def worked_traces(monkeypatch):
     """Every sampled trace is the rightly worked one of its question."""
 
-    def sample(model, prompts, k, *limits, **settings):
-        tokenizer = Tokenizer(HOPS / "base")
+    def sample(model, tokenizer, prompts, k, *limits, **settings):
         texts = [lab.worked_trace(tokenizer.decode(prompt)) for prompt in prompts]
         ids = [tokenizer.encode_prompt(f"{text} {make.MARKER}") for text in texts]
         return [[Trace(row, [0.0] * len(row), finished=True)] for row in ids]
 
-    monkeypatch.setattr(preflight, "sample_traces", sample)
-    monkeypatch.setattr(lab, "sample_traces", sample)
+    monkeypatch.setattr(preflight, "sample_thoughts", sample)
+    monkeypatch.setattr(lab, "sample_thoughts", sample)
 
 
 def test_the_trace_that_the_reward_prefers_is_paid_for(worked_traces):

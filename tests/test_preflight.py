@@ -3,10 +3,12 @@
 import pytest
 import tiny
 import torch
+from test_sample import letters
 
 from aggregate import AGGREGATORS, advantages, aggregate
 from data import Example
-from preflight import MARGIN, NAMES, Group, preflight, preflight_table, sample_group_scores, verdict
+from preflight import MARGIN, Group, main, preflight, sample_group_scores, verdict
+from support.weights import save_model
 
 EASY, HARD = 9, 1  # answer tokens
 
@@ -27,7 +29,7 @@ FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # the worked trace gains on the hard token, and loses on the easy ones:
+        # The worked trace gains on the hard token, and loses on the easy ones:
         ("weighted_sum_log_prob", "keeps thinking"),  # 0.78 * 2.1 = 1.65; 9 * 0.54 * 0.01 = 0.05
         ("weighted_sum_inverse_prob", "keeps thinking"),  # 0.78 / 0.12 = 6.5; 9 * 0.54 / 0.99 = 4.9
         ("arithmetic_mean", "removes thinking"),  # 0.78; 9 * 0.54 = 4.9
@@ -35,9 +37,12 @@ FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
         ("prob", "removes thinking"),
     ],
 )
-def test_where_a_trace_costs_easy_tokens_the_reward_decides(name, expected):
+def test_the_reward_decides_where_a_trace_costs_easy_tokens_and_not_where_it_is_free(
+    name, expected
+):
     row = preflight([TAXED] * 4, name)
     assert row["verdict"] == expected and row["dead"] == 0
+    assert preflight([FREE] * 4, name)["verdict"] == "keeps thinking"
 
 
 def test_a_helpful_trace_may_get_less_than_the_empty_one_by_the_margin():
@@ -48,57 +53,53 @@ def test_a_helpful_trace_may_get_less_than_the_empty_one_by_the_margin():
     assert row["helpful"] < row["empty"] and row["verdict"] == "keeps thinking"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_where_thinking_is_free_every_reward_keeps_it(name):
-    assert preflight([FREE] * 4, name)["verdict"] == "keeps thinking"
-
-
-def test_the_figures_are_means_of_the_advantages_that_training_would_use():
-    groups = [TAXED, FREE]
-    row = preflight(groups, "arithmetic_mean")
-    expected = []
-    for g in groups:
-        reward, weight = aggregate("arithmetic_mean", g.answer_logp, g.null_logp)
-        expected.append(advantages(reward, "mean", "std", weight).tolist())
-    assert row["empty"] == pytest.approx((expected[0][-1] + expected[1][-1]) / 2)
-    assert row["helpful"] == pytest.approx((expected[0][0] + expected[1][0]) / 2)
-    # of 8 sampled traces the two empty ones are the shortest quarter, the two of 12 the longest
-    assert row["short"] == pytest.approx((expected[0][3] + expected[1][3]) / 2)
-    assert row["long"] == pytest.approx((expected[0][0] + expected[1][0]) / 2)
-    lengths = torch.tensor([12.0, 8, 8, 0] * 2, dtype=torch.float64)
-    paid = torch.tensor(expected[0][:4] + expected[1][:4], dtype=torch.float64)
-    correlation = torch.corrcoef(torch.stack([lengths, paid]))[0, 1]
-    assert row["corr"] == pytest.approx(float(correlation))
-
-
 def test_equal_rewards_or_no_helpful_trace_are_no_signal():
-    dead = group([(5, 0.9, 0.2)] * 4)
-    row = preflight([dead], "log_prob")
+    row = preflight([group([(5, 0.9, 0.2)] * 4)], "log_prob")
     assert row["verdict"] == "no signal" and row["dead"] == 1
     hurts = group([(5, 0.9, 0.1), (4, 0.9, 0.05), EMPTY])
-    assert hurts.helpful() is None
     assert preflight([hurts], "log_prob")["verdict"] == "no signal"
 
 
-def test_the_table_has_a_line_for_every_aggregator_but_the_random_one():
-    lines = preflight_table([TAXED, FREE])
-    assert {line.split()[0] for line in lines[1:]} == set(AGGREGATORS) - {"exact_match"}
+def test_the_figures_are_means_of_the_advantages_that_training_would_use():
+    row = preflight([TAXED, FREE], "arithmetic_mean")
+    paid = []  # [2, K+1]
+    for g in (TAXED, FREE):
+        reward, weight = aggregate("arithmetic_mean", g.answer_logp, g.null_logp)
+        paid.append(advantages(reward, "mean", "std", weight))
+    paid = torch.stack(paid)
+    assert row["empty"] == pytest.approx(float(paid[:, -1].mean()))
+    assert row["helpful"] == pytest.approx(float(paid[:, 0].mean()))
+    # Of 8 sampled traces the two empty ones are the shortest quarter, the two of 12 the longest.
+    assert row["short"] == pytest.approx(float(paid[:, 3].mean()))
+    assert row["long"] == pytest.approx(float(paid[:, 0].mean()))
+    lengths = torch.tensor([12, 8, 8, 0] * 2, dtype=torch.float64)
+    correlation = torch.corrcoef(torch.stack([lengths, paid[:, :-1].flatten()]))[0, 1]
+    assert row["corr"] == pytest.approx(float(correlation))
 
 
-def test_the_groups_are_sampled_and_scored_traces_and_the_empty_one():
-    class Letters:
-        marker_id, cut_ids = 0, [9]
-
-    model = tiny.model(3)
+def test_the_groups_are_sampled_and_scored_traces_and_the_empty_one(tmp_path):
+    model, tokenizer = tiny.model(3), letters(tmp_path)
     examples = [Example(i, [1 + i, 2], [3, 4, 5], "", "") for i in range(3)]
-    groups = sample_group_scores(model, Letters, examples, k=4, max_trace=6, seed=7)
+    groups = sample_group_scores(model, tokenizer, examples, k=4, max_trace=6, seed=7)
     for made, example in zip(groups, examples, strict=True):
-        assert made.answer_logp.shape == (5, 3) and torch.equal(
-            made.answer_logp[-1], made.null_logp
-        )
-        context = torch.tensor([[*example.prompt, 0, *example.answer]])
+        assert made.answer_logp.shape == (5, 3)
+        assert torch.equal(made.answer_logp[-1], made.null_logp)
+        context = torch.tensor([[*example.prompt, tokenizer.marker_id, *example.answer]])
         logits = model.lm_head.weight @ model(context)[0].T  # [V, L]
         logp = logits.log_softmax(0)[example.answer, [2, 3, 4]]
         torch.testing.assert_close(made.null_logp, logp.detach(), rtol=0, atol=1e-10)
         lengths = made.lengths()
         assert lengths[-1] == 0 and (lengths[:-1] <= 6).all()
+
+
+def test_the_command_prints_a_line_for_every_aggregator_but_the_random_one(
+    tmp_path, monkeypatch, capsys
+):
+    save_model(tiny.model(9, torch.float32), tmp_path)
+    letters(tmp_path / "words").save(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "b c", "answer": "a b"}\n')
+    flags = f"--model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 6 --device cpu"
+    monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines[1:]} == set(AGGREGATORS) - {"exact_match"}

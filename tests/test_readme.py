@@ -1,55 +1,30 @@
-"""tests/readme.py, which executes README.md, finds its commands and what they should print."""
+"""README.md shows the algorithm as it runs, and what `make train` prints."""
 
-import readme
+import inspect
+import shutil
+import subprocess
+from pathlib import Path
 
-TEXT = """
-```
-$ .venv/bin/python say.py --one \\
-    two      # a comment
-it says 1.00   2.00 ...
+import pytest
 
-make thing
-```
-`make other` and `.venv/bin/python say.py --three`
+import train
 
-```python
-def f(x):
-    return x
-```
-"""
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def test_commands_output_and_files_are_found_in_the_order_of_the_text():
-    assert [(part.kind, " ".join(part.text.split())) for part in readme.read_parts(TEXT)] == [
-        ("command", ".venv/bin/python say.py --one two"),
-        ("output", "it says 1.00 2.00 ..."),
-        ("command", "make thing"),
-        ("command", ".venv/bin/python say.py --three"),
-        ("file", "def f(x): return x"),
-    ]
+def test_train_question_in_readme_is_the_one_that_runs():
+    assert "```python\n" + inspect.getsource(train.train_question) in README
 
 
-def test_an_expected_line_is_compared_without_its_spacing_up_to_its_dots():
-    assert readme.is_printed("it says 1.00   2.00 ...", "before\n  it says 1.00 2.00 3.00\n")
-    assert not readme.is_printed("it says 1.00   2.00", "it says 1.00\n2.00\n")
-    assert not readme.is_printed("it says 1.00   2.00 ...", "it says 1.00 2.01\n")
-
-
-def test_the_parts_of_our_readme_are_what_a_reader_sees_as_such():
-    parts = readme.read_parts((readme.ROOT / "README.md").read_text())
-    commands = [part.text for part in parts if part.kind == "command"]
-    outputs = [part.text.split()[0] for part in parts if part.kind == "output"]
-    assert commands[:2] == ["make train", "make test"]
-    for program in ("train.py", "sample.py", "evaluate.py", "bin/torchrun", "bin/lm_eval"):
-        assert any(program in command for command in commands), program
-    for word in ("NRT", "RLPR", "plain", "vanishing_trace:", "trace", "answer", "aggregator"):
-        assert word in outputs
-    assert outputs.count("weighted_sum_log_prob") == 1
-
-
-def test_every_command_of_our_readme_can_run_without_a_model_of_ones_own():
-    parts = readme.read_parts((readme.ROOT / "README.md").read_text())
-    for part in parts:
-        if part.kind == "command":
-            command = readme.runnable(part.text)
-            assert not {"DIR", "pairs.jsonl", "held-out.jsonl", "..."} & set(command.split())
+@pytest.mark.slow
+def test_make_train_prints_the_three_result_lines_of_readme(tmp_path):
+    copy = tmp_path / "copy"  # it overwrites the runs of an earlier `make train`
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs"))
+    (copy / ".venv").symlink_to((ROOT / ".venv").resolve())
+    command = ["make", "--assume-old=.venv/ready", "train"]
+    printed = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    results = [" ".join(line.split()) for line in printed.stdout.splitlines()[-3:]]
+    shown = [" ".join(line.split()) for line in README.splitlines()]
+    assert set(results) <= set(shown), results

@@ -22,10 +22,9 @@ sys.path.insert(0, str(HERE.parents[1]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E402
 
-from data import Tokenizer  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from support.distributed import copy_token_rows  # noqa: E402
-from support.weights import save_model  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
+from support.weights import copy_token_rows, save_model  # noqa: E402
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Who wrote this book?"}],
@@ -75,13 +74,8 @@ def main() -> None:
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
-        output = model.generate(
-            torch.tensor([prompt]),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        stops = {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
+        output = model.generate(torch.tensor([prompt]), do_sample=False, **stops)
         greedy = output[0, len(prompt) :].tolist()
         lines.append(json.dumps({"messages": messages, "prompt": prompt, "greedy": greedy}))
     (folder / "expected.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")

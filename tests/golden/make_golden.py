@@ -6,14 +6,19 @@ index), together with `expected.safetensors`:
     tokens  [2, 24]     int64  random
     logits  [2, 24, V]  fp32   by transformers in fp32 with eager attention, from the files on disk
 
-model.py must reproduce the logits; that is tested without transformers. Random weights test as
-much as trained ones if the logits depend visibly on every field of config.json. This is checked
-here: each model has a list of MISTAKES (a window off by one, a RoPE scaling left out, a default
-epsilon), and each mistake must move some logit by more than 1 % of the largest one, a hundred
-times the tolerance of the tests.
+model.py must reproduce the logits; that is tested without transformers. config.json of the models
+in MISTAKES is written by hand, as the real files have it: by transformers 4, with rope_theta and
+rope_scaling. In small they differ from real ones where a mistake would not show: rms_norm_eps is
+1e-3, and at rope_theta 100 the llama3 scaling keeps, interpolates and divides wavelengths. The
+models in RESAVED are theirs, loaded and saved by transformers 5.
+
+Random weights test as much as trained ones if the logits depend visibly on every field. This is
+checked here: each of a model's MISTAKES (a window off by one, a RoPE scaling left out, a default
+epsilon) must move some logit by more than 1 % of the largest one, a hundred times the tolerance of
+the tests.
 
 Run by hand when a kind of model is added, in an environment of its own: nothing else needs
-transformers. Two runs give the same bytes.
+transformers. Two runs on one machine give the same bytes.
 
     pip install torch==2.13.0
     pip install transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 numpy==2.4.6
@@ -22,7 +27,6 @@ transformers. Two runs give the same bytes.
 
 import copy
 import json
-import shutil
 import zlib
 from pathlib import Path
 
@@ -33,139 +37,36 @@ from transformers import AutoConfig, AutoModelForCausalLM, logging
 HERE = Path(__file__).parent
 BATCH, LENGTH = 2, 24
 
-# Fields of all models. The real models' config.json was written by transformers 4, with the fields
-# rope_theta and rope_scaling. transformers 5 writes rope_parameters instead, so the older form is
-# written out here, as the real files have it.
-COMMON = {
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "initializer_range": 0.02,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "rms_norm_eps": 1e-3,  # real models have 1e-5, too little to notice when it is forgotten
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "use_cache": True,
-    "vocab_size": 96,
-}
-LLAMA = {
-    **COMMON,
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "attention_bias": False,
-}
-MISTRAL = {
-    **COMMON,
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Real Qwens state a sliding window that is switched off.
-QWEN = {
-    **COMMON,
-    "attention_dropout": 0.0,
-    "bos_token_id": 30,
-    "eos_token_id": 31,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "max_window_layers": 1,
-    "num_key_value_heads": 2,
-    "rope_theta": 1000000.0,
-    "sliding_window": 8,
-    "use_sliding_window": False,
-    "vocab_size": 32,
-}
-QWEN2 = {**QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-QWEN3 = {
-    **QWEN,
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "head_dim": 8,  # 4 heads x 8 over a hidden size of 16
-    "rope_scaling": None,
-}
+EPS = {"rms_norm_eps": 1e-6}
+THETA = {"rope_theta": 10000.0}
+UNSCALED = {"rope_scaling": None}
+WINDOWED = {"use_sliding_window": True}
 
-# At rope_theta 100 the four wavelengths are 6, 20, 63 and 199 positions. These two scalings cover
-# the llama3 formula: in the first, one wavelength stays, one is interpolated and two are divided;
-# in the second, one is interpolated and three are divided. The original length is above the input's
-# in the first and below it in the second: the scaling applies from the first position, in both.
-SCALING_31 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "rope_type": "llama3",
-}
-SCALING_32 = {**SCALING_31, "factor": 32.0, "original_max_position_embeddings": 16}
 
-CONFIGS = {
-    # Llama 2 has no rope_theta (10000 is meant). Its files hold RoPE frequencies, which readers
-    # ignore.
-    "llama2": {
-        **LLAMA,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 64,
-        "rope_scaling": None,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "llama31_rope_scaling": {
-        **LLAMA,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rope_theta": 100.0,
-        "rope_scaling": SCALING_31,
-        "mlp_bias": False,
-        "bos_token_id": 93,
-        "eos_token_id": [94, 95],  # several, as in the instruct models
-    },
-    "llama32": {
-        **LLAMA,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "rope_theta": 100.0,
-        "rope_scaling": SCALING_32,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": 93,
-        "eos_token_id": 94,
-    },
-    "mistral_v01": {
-        **MISTRAL,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rope_theta": 10000.0,
-        "sliding_window": 8,
-    },
-    "mistral_v03": {
-        **MISTRAL,
-        "num_key_value_heads": 1,
-        "head_dim": None,  # written so by the transformers of 2025: the same as absent
-        "max_position_embeddings": 64,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-    },
-    # Heads 4 x 16 = 64 wide over a hidden size of 32: q_proj and o_proj are not square.
-    "nemo": {
-        **MISTRAL,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-    },
-    # The smaller Qwens are tied.
-    "qwen2": QWEN2,
-    "qwen25_tied": {**QWEN2, "tie_word_embeddings": True},
-    "qwen3": QWEN3,
-    "qwen3_tied": {**QWEN3, "tie_word_embeddings": True},
-}
+def scaling(name: str, **changes: object) -> dict:
+    """The model's rope_scaling with a wrong field."""
+    config = json.loads((HERE / name / "config.json").read_text())
+    return {"rope_scaling": config["rope_scaling"] | changes}
 
-# The same models loaded and saved by transformers 5: rope_parameters, shards with an index.
+
+# Wrong readings of config.json that the logits must show. The smaller Qwens are tied: no others.
+MISTAKES = {
+    "llama2": [{"rope_theta": 500000.0}, EPS],  # has RoPE frequencies, which readers ignore
+    "llama31_rope_scaling": [
+        UNSCALED,
+        THETA,
+        scaling("llama31_rope_scaling", rope_type="linear"),
+        scaling("llama31_rope_scaling", original_max_position_embeddings=256),
+    ],
+    "llama32": [UNSCALED, scaling("llama32", factor=8.0), EPS],
+    "mistral_v01": [{"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 9}],
+    "mistral_v03": [{"sliding_window": 8}, THETA, EPS],
+    "nemo": [THETA, EPS],  # heads 4 x 16 = 64 wide over a hidden size of 32
+    "qwen2": [THETA, EPS, WINDOWED],
+    "qwen25_tied": [],
+    "qwen3": [THETA, EPS, WINDOWED],
+    "qwen3_tied": [],
+}
 # New name: (source, shard size).
 RESAVED = {
     "llama31_rope_parameters": ("llama31_rope_scaling", "1GB"),
@@ -174,54 +75,22 @@ RESAVED = {
     "qwen3_rope_parameters": ("qwen3", "1GB"),
 }
 
-# Wrong readings of config.json that the logits must show.
-MISTAKES = {
-    "llama2": [{"rope_theta": 500000.0}, {"rms_norm_eps": 1e-6}],
-    "llama31_rope_scaling": [
-        {"rope_scaling": None},
-        {"rope_theta": 10000.0},
-        {"rope_scaling": {**SCALING_31, "rope_type": "linear"}},
-        {"rope_scaling": {**SCALING_31, "original_max_position_embeddings": 256}},
-    ],
-    "llama32": [
-        {"rope_scaling": None},
-        {"rope_scaling": {**SCALING_32, "factor": 8.0}},
-        {"rms_norm_eps": 1e-6},
-    ],
-    "mistral_v01": [{"sliding_window": None}, {"sliding_window": 7}, {"sliding_window": 9}],
-    "mistral_v03": [{"sliding_window": 8}, {"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}],
-    "nemo": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}],
-    "qwen2": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}, {"use_sliding_window": True}],
-    "qwen3": [{"rope_theta": 10000.0}, {"rms_norm_eps": 1e-6}, {"use_sliding_window": True}],
-}
 
-
-def write_model(folder: Path, config: dict) -> None:
-    """Writes config.json and random weights: matrices and biases of std 0.2, norms around 1.
-
-    With this std attention is far from uniform.
-    """
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def write_weights(folder: Path) -> None:
+    """Random weights: matrices and biases of std 0.2, so that attention is far from uniform."""
     generator = torch.Generator().manual_seed(zlib.crc32(folder.name.encode()))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
     tensors = {}
-    for name, empty in sorted(model.state_dict().items()):
-        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+    for name, empty in sorted(AutoModelForCausalLM.from_config(config).state_dict().items()):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         noise = torch.randn(empty.shape, generator=generator)
         tensors[name] = 1 + 0.3 * noise if name.endswith("norm.weight") else 0.2 * noise
     if folder.name == "llama2":
         frequency = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
-        for layer in range(config["num_hidden_layers"]):
+        for layer in range(config.num_hidden_layers):
             tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequency.clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def resave_model(folder: Path, source: Path, shard_size: str) -> None:
-    """Loads the directory `source` and saves it with transformers, in shards of `shard_size`."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model.save_pretrained(folder, max_shard_size=shard_size)
 
 
 @torch.no_grad()
@@ -243,30 +112,24 @@ def logits(folder: Path, tokens: torch.Tensor, **mistake) -> torch.Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()  # it warns of the mistakes
-    logging.disable_progress_bar()
-    for name in [*CONFIGS, *RESAVED]:
+    for name in [*MISTAKES, *RESAVED]:
         folder = HERE / name
-        shutil.rmtree(folder, ignore_errors=True)
-        if name in CONFIGS:
-            source = name
-            write_model(folder, CONFIGS[name])
+        source, shard_size = RESAVED.get(name, (name, ""))
+        if shard_size:
+            model = AutoModelForCausalLM.from_pretrained(HERE / source, dtype=torch.float32)
+            model.save_pretrained(folder, max_shard_size=shard_size)
         else:
-            source, shard_size = RESAVED[name]
-            resave_model(folder, HERE / source, shard_size)
+            write_weights(folder)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{source} tokens".encode()))
         vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
         tokens = torch.randint(vocab, (BATCH, LENGTH), generator=generator)
         expected = logits(folder, tokens)
         assert torch.equal(expected, logits(HERE / source, tokens)), f"{name} is not {source}"
         save_file({"tokens": tokens, "logits": expected}, folder / "expected.safetensors")
-
-        top = expected.abs().max()
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{name} {size / 1000:.0f} kB, largest |logit| {top:.1f}")
         for mistake in MISTAKES.get(name, []):
-            effect = (logits(folder, tokens, **mistake) - expected).abs().max() / top
-            print(f"  {effect:6.1%} {mistake}")
-            assert effect > 0.01, "the logits depend too little on this for a test to notice it"
+            effect = (logits(folder, tokens, **mistake) - expected).abs().max()
+            print(f"{name} {effect / expected.abs().max():6.1%} {mistake}")
+            assert effect > 0.01 * expected.abs().max(), "too little for a test to notice"
 
 
 if __name__ == "__main__":

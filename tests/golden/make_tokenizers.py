@@ -75,45 +75,31 @@ Under the "old" rules (see above), nobody was allowed to leave early.
 Jane & Quentin: "Great, we've won!" - "No, you haven't."
 """.strip().split("\n")
 
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
-EOT = "<|eot_id|>"
-RESERVED = "<|reserved_special_token_0|>"
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 # Llama 3's: contractions, words with the space in front of them, at most three digits,
 # punctuation, white space.
 WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def byte_level() -> tuple[Tokenizer, dict]:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(vocab_size=376, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer.add_special_tokens([BOS, EOS, EOT, RESERVED])
+    trainer = trainers.BpeTrainer(vocab_size=376, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.add_special_tokens([BOS, EOS, "<|eot_id|>", "<|reserved_special_token_0|>"])
     tokenizer.post_processor = processors.Sequence(
         [processors.ByteLevel(trim_offsets=False), prepend(BOS, tokenizer)]
     )
-    return tokenizer, {
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
+    names = {"bos_token": BOS, "eos_token": EOS}
+    return tokenizer, {**names, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def sentencepiece() -> tuple[Tokenizer, dict]:
@@ -122,13 +108,9 @@ def sentencepiece() -> tuple[Tokenizer, dict]:
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     learner.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=128, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *sorted(learnt["vocab"], key=learnt["vocab"].get),
-    ]
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    pieces = [*names.values(), *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += sorted(learnt["vocab"], key=learnt["vocab"].get)
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
@@ -138,29 +120,18 @@ def sentencepiece() -> tuple[Tokenizer, dict]:
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    strip = decoders.Strip(content=" ", left=1, right=0)
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
     )
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in names.values()]
     )
     tokenizer.post_processor = prepend("<s>", tokenizer)
-    options = {
-        "__type": "AddedToken",
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-    }
+    options = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    options["__type"] = "AddedToken"
     return tokenizer, {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -185,7 +156,6 @@ def main() -> None:
         tokenizer.save(str(folder / "tokenizer.json"))
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / "tokenizer_config.json").write_text(text)
-        print(f"{kind.__name__}: {tokenizer.get_vocab_size()} tokens")
 
 
 if __name__ == "__main__":
