@@ -51,3 +51,11 @@ def mixture(logp: Tensor, null_logp: Tensor) -> Tensor:
 
 
 mixture.signed = True
+
+
+def mean_and_mixture(logp: Tensor, null_logp: Tensor) -> Tensor:
+    """RLPR's mean of probabilities, and the mixture per token added to it."""
+    return logp.exp().mean(dim=1) + mixture(logp, null_logp) / logp.shape[1]
+
+
+mean_and_mixture.signed = True
