@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from conftest import needs_proc
+from sharded_model import TOKENIZER, question
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from support import distributed
-from support.args import parse_args
+from support.args import Args, parse_args
 from support.distributed import all_shares, own_share
 from support.weights import load_model
+from train import train_question
 
 ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
@@ -189,8 +193,8 @@ def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, upd
     for rank in range(ranks):
         pretend(monkeypatch, rank, ranks)
         own.append(own_share(batch))
-        for i, question in enumerate(own[-1]):  # each update trains its own questions
-            assert question // update == i // (update // ranks)
+        for i, number in enumerate(own[-1]):  # each update trains its own questions
+            assert number // update == i // (update // ranks)
     monkeypatch.setattr(distributed, "gather_objects", lambda value: own)
     assert all_shares(own[0]) == batch
 
@@ -220,6 +224,33 @@ def test_the_backend_is_named(device, backend, several, monkeypatch):
 def test_one_process_in_fp32_needs_no_process_group():
     distributed.start("cpu", torch.float32)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("micro_traces", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_process_reduces_gradients_once_per_update(dtype, micro_traces, monkeypatch):
+    """Bit for bit those of reducing them for every question."""
+    reduced = []
+    reduce = _fsdp_param_group.foreach_reduce
+
+    def counted(*arguments: object, **named: object) -> object:
+        reduced[-1] += 1
+        return reduce(*arguments, **named)
+
+    monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", counted)
+    args = Args(questions=3, traces=4, micro_traces=micro_traces)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gradients = []
+    for last in ([True, True, True], [False, False, True]):
+        reduced.append(0)
+        model = distributed.shard(tiny.model(0, torch.float32, num_hidden_layers=3), dtype)
+        for index in range(3):
+            distributed.gather_once(model, last[index])
+            train_question(model, TOKENIZER, *question(index), args)
+        gradients.append([distributed.whole(p.grad) for p in model.parameters()])
+    dist.destroy_process_group()
+    assert all(map(torch.equal, *gradients))
+    assert 3 * reduced[1] == reduced[0]  # those of one question of three
 
 
 # ---- refusals
