@@ -27,6 +27,7 @@ its K Traces (data.py) and the Tokenizer:
 What is unusual about a function it declares below itself, as an attribute:
 
     f.group = True          a trace's reward depends on the other traces of its question
+    f.signed = True         it can be below 0 (--scale mean divides by the mean)
     f.relative = True       and is relative to them already: it is not centred again
     f.objective = function  of logp: what w differentiates, where that is not the sum of rewards
     f.random = True         it draws random numbers
@@ -56,6 +57,9 @@ ROUNDING = 1e-6
 def log_prob(logp: Tensor, null_logp: Tensor) -> Tensor:
     """f = sum_i log c_i.  JLB / JEPO with one sample; LaTRO."""
     return logp.sum(dim=1)
+
+
+log_prob.signed = True
 
 
 def prob(logp: Tensor, null_logp: Tensor) -> Tensor:
@@ -91,6 +95,9 @@ def info_gain(logp: Tensor, null_logp: Tensor) -> Tensor:
     return (logp - null_logp).mean(dim=1)
 
 
+info_gain.signed = True
+
+
 def r3(logp: Tensor, null_logp: Tensor) -> Tensor:
     """f = sum_i v_i log c_i.  DRO's R3.
 
@@ -103,7 +110,7 @@ def r3(logp: Tensor, null_logp: Tensor) -> Tensor:
     return (logp * (spread / total)).sum(dim=1)
 
 
-r3.group = True
+r3.group = r3.signed = True
 
 
 def jlb_multi(logp: Tensor, null_logp: Tensor) -> Tensor:
@@ -123,8 +130,7 @@ def joint_bound(logp: Tensor) -> Tensor:
     return logp.sum(dim=1).logsumexp(dim=0) - math.log(logp.shape[0])
 
 
-jlb_multi.group = True
-jlb_multi.relative = True
+jlb_multi.group = jlb_multi.signed = jlb_multi.relative = True
 jlb_multi.objective = joint_bound
 
 
@@ -215,49 +221,57 @@ def aggregate(
 
 # ---- advantage
 def advantages(
-    reward: Tensor, center: str = "mean", scale: str = "std", weight: Tensor | None = None
+    reward: Tensor,
+    center: str = "mean",
+    scale: str = "std",
+    weight: Tensor | None = None,
+    least_std: float = 0.0,
 ) -> Tensor:
     """Group-relative advantages of one question's K traces, as in GRPO.
 
-    reward [K] -> advantage [K], detached. center: "mean" or "none". scale: "std" (unbiased) or
-    "none". weight [K, T]: the exact answer weights of the rewards. ValueError for K = 1 with
-    centring or scaling, and for unknown names.
+    reward [K] -> advantage [K], detached. center: "mean" or "none". scale: "std" (unbiased),
+    "mean" (of rewards that are not negative; MaxRL, arXiv 2602.02710) or "none". weight [K, T]: the
+    exact answer weights of the rewards. ValueError for K = 1 with centring or scaling, and for
+    unknown names.
 
     Rewards that differ only by rounding count as equal and get exactly 0, unless center and scale
     are both "none". An error of 1e-6 in every log-prob changes a reward by 1e-6 sum_i |w_i|, the
     floor of the std. For `prob` on long answers it lies far below 1e-6, for `log_prob` above.
     Without weights the floor is 1e-6 max(1, max |reward|).
+    Rewards whose std (of the population) is below least_std get 0 as well (--filter-std).
     """
-    if center not in ("mean", "none") or scale not in ("std", "none"):
-        raise ValueError(f"center is mean or none, scale is std or none: {center!r}, {scale!r}")
+    if center not in ("mean", "none") or scale not in ("std", "mean", "none"):
+        raise ValueError(f"center is mean or none, scale std, mean or none: {center!r}, {scale!r}")
     if reward.shape[0] == 1 and (center, scale) != ("none", "none"):
         raise ValueError(f"center {center} and scale {scale} need at least 2 traces")
     # fp64, because weighted_sum_inverse_prob reaches 1e34, whose square is no fp32 number.
     values = reward.detach().double()
+    if values.std(correction=0) < least_std:
+        return torch.zeros_like(reward)
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
     if weight is None:
         floor = ROUNDING * values.abs().max().clamp(min=1.0)
     else:
         floor = ROUNDING * weight.detach().double().abs().sum(dim=1).max()
-    std = values.std()
+    mean, std = values.mean(), values.std()
     if std <= floor:
         return torch.zeros_like(reward)
     if center == "mean":
-        values = values - values.mean()
-    if scale == "std":
-        values = values / std
+        values = values - mean
+    if scale != "none":
+        values = values / (std if scale == "std" else mean)
     return values.to(reward.dtype)
 
 
 # ---- all of it for one question
 def credit(
-    logp: Tensor, null_logp: Tensor, args: Any, text: tuple = ()
+    logp: Tensor, null_logp: Tensor, args: Any, text: tuple = (), least_std: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What multiplies the log-probs of one question's traces and answer in the loss; no gradient.
 
     logp [K, T] and null_logp [T] in nats, text: as in `aggregate`. args: the flags --aggregator,
-    --clip-null, --center, --scale, --answer-weight.
+    --clip-null, --center, --scale, --answer-weight. least_std: as in `advantages`.
     -> reward [K], advantage [K] of the traces, answer weight omega [K, T].
     """
     reward, weight = aggregate(args.aggregator, logp, null_logp, text)
@@ -268,7 +282,7 @@ def credit(
     if args.traces == 0:  # plain SFT: nothing was sampled
         return reward, torch.zeros_like(reward), torch.ones_like(weight)
     center = "none" if declares(args.aggregator, "relative") else args.center
-    advantage = advantages(reward, center, args.scale, weight)
+    advantage = advantages(reward, center, args.scale, weight, least_std)
     if args.answer_weight == "exact":
         return reward, advantage, weight
     omega = torch.ones_like if args.answer_weight == "fixed" else torch.zeros_like

@@ -86,11 +86,13 @@ def train_question(
     traces: list[Trace],
     args: Args,
     initial: Transformer | None = None,
+    least_std: float = 0.0,
 ) -> Outcome:
     """Adds the gradient of one question's share of the loss to the parameters' .grad.
 
-    initial: the model of the null think with --null frozen. With --micro-traces the K traces are
-    scored without a graph first, as advantages need all K rewards; then again, a few at a time.
+    initial: the model of the null think with --null frozen. least_std: of rewards, below it no
+    trace gets an advantage (--filter-std). With --micro-traces the K traces are scored without a
+    graph first, as advantages need all K rewards; then again, a few at a time.
     """
     began = now()
     answer, marker, temperature = example.answer, tokenizer.marker_id, args.temperature
@@ -104,7 +106,8 @@ def train_question(
         with torch.no_grad():
             null_logp = score(initial, example.prompt, [], answer, marker).null_logp
     text = (example, traces, tokenizer)  # for an aggregator that sees them
-    reward, advantage, omega = credit(scores.answer_logp.detach(), null_logp, args, text)
+    logp = scores.answer_logp.detach()  # [K, T]
+    reward, advantage, omega = credit(logp, null_logp, args, text, least_std)
     score_seconds = now() - began
 
     losses = []
@@ -154,10 +157,11 @@ def train_step(
     step: int,
     args: Args,
     initial: Transformer | None = None,
+    reward_std: float = 0.0,
 ) -> tuple[dict[str, float], list[float], Outcome]:
     """Samples K traces per question and trains on them, in one update or several.
 
-    All ranks must call; each has its share of the questions.
+    All ranks must call; each has its share of the questions. reward_std: of earlier steps.
     -> the step's figures, the gradient norm of each update, what became of the first question
     """
     began = now()
@@ -173,7 +177,8 @@ def train_step(
         torch.manual_seed(stream_seed(args.seed, step, example.index))
         last = done % (len(questions) // args.updates) == 0  # of an update
         distributed.gather_once(model, last)
-        outcome = train_question(model, tokenizer, example, traces, args, initial)
+        least_std = args.filter_std * reward_std
+        outcome = train_question(model, tokenizer, example, traces, args, initial, least_std)
         figures.append(question_figures(outcome))
         first = first or outcome
         score_seconds += outcome.score_seconds
@@ -265,8 +270,9 @@ def train(args: Args) -> None:
             pairs, run.position, args.questions, args.seed, row_fits
         )
         record, norms, outcome = train_step(
-            model, tokenizer, optimizer, examples, run.step, args, initial
+            model, tokenizer, optimizer, examples, run.step, args, initial, run.reward_std
         )
+        run.reward_std = moving_average(run.reward_std, record["reward_std"])
         log.samples(run.step, tokenizer, outcome)
         record["skipped_long"] = skipped
         if held_out and (run.step % args.eval_every == 0 or run.step == args.steps):
@@ -278,6 +284,13 @@ def train(args: Args) -> None:
     log.print(f"wrote {final}, a Hugging Face directory; try:")
     log.print(f"{python()} sample.py --model {shlex.quote(str(final))} --question ...")
     distributed.stop()
+
+
+def moving_average(average: float, new: float) -> float:
+    """Of reward_std over the steps, 0 before the first; 0.99 is RLPR's."""
+    if not math.isfinite(new):
+        return average
+    return 0.99 * average + 0.01 * new if average else new
 
 
 def fits(args: Args, config: Config, example: Example) -> bool:

@@ -92,8 +92,13 @@ class Args:
     center: str = arg("mean", "baseline of the advantage: group mean or none", ["mean", "none"])
     scale: str = arg(
         "std",
-        "divide advantages by the group's std (GRPO), or not (an unbiased gradient)",
-        ["std", "none"],
+        "divide advantages by the group's std (GRPO), by its mean (MaxRL), or not (unbiased)",
+        ["std", "mean", "none"],
+    )
+    filter_std: float = arg(
+        0.0,
+        "a group whose reward std lies below this times a moving average of earlier steps' gets "
+        "advantage 0; its answer is trained (RLPR: 0.5)",
     )
     marker_weight: float = arg(
         0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
@@ -236,6 +241,9 @@ def check_args(args: Args) -> None:
         text = "plain SFT on the empty trace: --null, --clip-null, --answer-weight mean nothing"
         defaults = (args.null, args.clip_null, args.answer_weight) == ("policy", False, "fixed")
         check(defaults, "traces", text)
+    signed = declares(args.aggregator, "signed") and not args.clip_null
+    text = "rewards below 0 have no mean to divide by; take --clip-null or --scale std"
+    check(args.scale != "mean" or not signed, "scale aggregator", text)
     alone = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
     text = "the null think has no reward outside the group"
     check(alone or not args.clip_null, "clip_null aggregator", text)

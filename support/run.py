@@ -3,7 +3,8 @@
     runs/NAME/  args.json  log.jsonl  samples.jsonl
                 checkpoint-000010/   a Hugging Face directory: fp32 parameters, tokenizer
                     optimizer/       AdamW's moments, each rank's rows in a safetensors file
-                    progress.json    step, data position, updates applied, digest of the data
+                    progress.json    step, data position, updates applied, digest of the data,
+                                     moving average of the reward std
                 final/               the trained model, in the precision the initial one has
                 run.lock             locked while a process writes here
 
@@ -86,6 +87,7 @@ class Run:
         self.checkpoint: Path | None = on_first_rank(self.check)  # to continue from
         self.step = 0  # the last one that is done
         self.position = 0  # in the stream of rows (data.next_examples)
+        self.reward_std = 0.0  # moving average over the steps (--filter-std)
         self.bad_updates = 0  # in a row
         self.signal = 0  # Ctrl-C or SIGTERM, as its number
 
@@ -169,7 +171,7 @@ class Run:
         with refusing(f"{self.checkpoint}: not a checkpoint that can be resumed"):
             progress = read_json(self.checkpoint / "progress.json")
             self.step, self.position = int(progress["step"]), int(progress["position"])
-            updates = float(progress["updates"])
+            updates, self.reward_std = float(progress["updates"]), progress["reward_std"]
             same = progress["data"] == pairs.digest
             text = f"has changed since {self.checkpoint}: a position in it means other rows"
             require(same, f"{pairs.path}: {text}")
@@ -286,7 +288,8 @@ class Run:
                 tokenizer.save(folder)
                 updates = max(int(state["step"]) for state in optimizer.state.values())
                 progress = {"step": self.step, "position": self.position, "updates": updates}
-                write_json(folder / "progress.json", progress | {"data": digest})
+                progress |= {"reward_std": self.reward_std, "data": digest}
+                write_json(folder / "progress.json", progress)
 
         def prune() -> None:
             for old in self.checkpoints()[:-KEEP]:

@@ -247,6 +247,7 @@ BY_HAND = {
     ("mean", "std"): lambda r, k: (r[k] - statistics.fmean(r)) / statistics.stdev(r),
     ("mean", "none"): lambda r, k: r[k] - statistics.fmean(r),
     ("none", "std"): lambda r, k: r[k] / statistics.stdev(r),
+    ("mean", "mean"): lambda r, k: r[k] / statistics.fmean(r) - 1,
     ("none", "none"): lambda r, k: r[k],
 }
 
@@ -296,6 +297,15 @@ def test_the_floor_of_equal_rewards_is_what_rounding_does_to_this_reward(name, s
         assert (advantage == 0).all() == equal
 
 
+@pytest.mark.parametrize("center, scale", BY_HAND)
+def test_rewards_whose_std_is_below_the_least_get_no_advantage(center, scale):
+    reward = torch.tensor(REWARDS, dtype=torch.float64)
+    std = statistics.pstdev(REWARDS)
+    kept = advantages(reward, center, scale, least_std=0.999 * std)
+    assert torch.equal(kept, advantages(reward, center, scale))
+    assert not advantages(reward, center, scale, least_std=1.001 * std).any()
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_rewards_that_differ_by_more_than_the_floor_keep_their_advantages(size):
     reward = size + 3 * ROUNDING * torch.arange(4, dtype=torch.float64)
@@ -318,8 +328,8 @@ def test_huge_fp32_rewards_stay_finite(center, scale):
         ([0.5], "mean", "none", "center mean .* at least 2 traces"),
         # Its std is 0: every advantage would be 0, and the trace would never be trained.
         ([0.5], "none", "std", "scale std .* at least 2 traces"),
-        ([0.5, 0.7], "loo", "std", "mean or none, .* std or none: 'loo', 'std'"),
-        ([0.5, 0.7], "mean", "mad", "mean or none, .* std or none: 'mean', 'mad'"),
+        ([0.5, 0.7], "loo", "std", "mean or none, .* mean or none: 'loo', 'std'"),
+        ([0.5, 0.7], "mean", "mad", "mean or none, .* mean or none: 'mean', 'mad'"),
     ],
 )
 def test_what_has_no_advantage_is_refused_in_one_line(rewards, center, scale, says):

@@ -304,7 +304,8 @@ def test_a_kill_within_any_write_leaves_a_run_that_goes_on_to_the_same_end(
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_it_goes_on_from_there(
     number, world, monkeypatch, capfd
 ):
-    flags = ["--steps=4", "--save-every=9", "--overwrite"]
+    # --filter-std: a moving average goes on as well
+    flags = ["--steps=4", "--save-every=9", "--overwrite", "--filter-std=10"]
     assert run("train", flags, monkeypatch) == 0
     uninterrupted = [line["grad_norm"] for line in lines_of("new/log.jsonl")]
     real = train.sample_groups

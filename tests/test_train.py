@@ -328,6 +328,33 @@ def test_the_frozen_null_think_is_that_of_the_initial_weights_and_they_get_no_gr
     assert all(parameter.grad is None for parameter in initial.parameters())
 
 
+@pytest.mark.parametrize("micro", [0, 3])
+def test_a_filtered_group_trains_the_answer_alone(micro):
+    """--filter-std: as if the advantages were 0 by center and scale, not the answer's gradient."""
+    model = tiny_model()
+    args = Args(questions=1, traces=8, micro_traces=micro, marker_weight=0)
+    traces = sampled_group(model)
+    kept = train_question(model, TOKENIZER, EXAMPLE, traces, args)
+    both = gradient(model)
+    std = kept.reward.std(correction=0).item()
+    same = train_question(model, TOKENIZER, EXAMPLE, traces, args, least_std=0.999 * std)
+    assert torch.equal(gradient(model), both) and torch.equal(same.advantage, kept.advantage)
+    filtered = train_question(model, TOKENIZER, EXAMPLE, traces, args, least_std=1.001 * std)
+    answer = gradient(model)
+    assert not filtered.advantage.any() and filtered.losses[0] == 0
+    assert kept.losses[0] != 0 and torch.equal(filtered.losses[1], kept.losses[1])
+    train_question(model, TOKENIZER, EXAMPLE, traces, replace(args, answer_weight="none"))
+    assert_close(both, answer + gradient(model))
+
+
+@pytest.mark.parametrize(
+    "average, new, expected",
+    [(0.0, 0.4, 0.4), (0.4, 0.5, 0.401), (0.4, math.nan, 0.4), (0.0, math.nan, 0.0)],
+)
+def test_the_moving_average_begins_with_the_first_step_and_takes_no_nan(average, new, expected):
+    assert train_module.moving_average(average, new) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("family", [{}, *QWENS], ids=str)
 @pytest.mark.parametrize("micro", [0, 3])
 def test_recomputation_changes_no_bit_of_the_gradient(micro, family):
