@@ -59,7 +59,7 @@ class Config:
     qkv_bias: bool = False  # Qwen2: q, k and v have a bias, the output projection has none
     qk_norm: bool = False  # Qwen3: each head of q and k is normalised before RoPE
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048  # for other readers: nothing here depends on it
+    max_position_embeddings: int = 2048  # tokens of a sequence; the commands skip longer rows
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     # config.json as it was read: fields that mean nothing to us are written back unchanged.

@@ -13,10 +13,11 @@ padding, and the head skips it. All log-probs are fp32 or wider.
 How this differs from the usual GRPO scoring:
   1. The prompt runs once, not K times. Values and gradients equal those of K full rows.
   2. The null think is one more branch, not K passes.
-  3. Under grad the same Scores carry the graph: the forward that scores is the forward that trains.
-  4. When K branches do not fit in memory, the prompt's KV cache becomes leaf tensors: every
-     micro-batch of branches runs its own backward into them, and the prompt runs its backward once
-     at the end (`prompt_leaves`, `prompt_backward`; used in train.py).
+  3. Under grad the same Scores carry the graph: the forward that scores is the forward that trains
+     (but with --micro-traces, where each part is scored again with its graph).
+  4. The prompt's KV cache becomes leaf tensors: any number of micro-batches of branches run their
+     own backward into them, and the prompt runs its backward once at the end (`prompt_leaves`,
+     `prompt_backward`; used in train.py).
 """
 
 from collections.abc import Sequence
@@ -212,13 +213,13 @@ def log_ratio(scores: Scores, traces: Sequence[Trace]) -> Tensor:
     return scores.trace_logp.detach() - recorded.to(scores.trace_logp.device)
 
 
-def truncated_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+def truncated_ratio(difference: Tensor, advantage: Tensor) -> Tensor:
     """rho [K, Z]: pi / pi_sampler per token, clamped to RATIO_RANGE, a constant (as in CISPO).
 
-    A token whose ratio has left the range in the direction its advantage [K] pushes gets 0 (as in
-    PPO).
+    difference [K, Z]: log_ratio of the same traces. A token whose ratio has left the range in the
+    direction its advantage [K] pushes gets 0 (as in PPO).
     """
     low, high = RATIO_RANGE
-    ratio = log_ratio.exp()
+    ratio = difference.exp()
     gone = torch.where(advantage[:, None] > 0, ratio > high, ratio < low)
     return ratio.clamp(low, high).masked_fill(gone, 0.0)

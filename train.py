@@ -4,8 +4,8 @@ One step:
   1. the next questions x with their gold answers y*                   data.next_examples
   2. K reasoning traces z per question, sampled from the policy        sample.sample_groups
   3. log-probs of y* after every trace and after the empty one         reward.score
-  4. reward R_k = f(probabilities of y*), advantage A_k =              aggregate.credit
-     (R_k - mean) / std over the K traces, answer weights
+  4. from them, by the method's function f (--aggregator):             aggregate.credit
+     reward R_k = f, advantage A_k = (R_k - mean) / std over the K traces, answer weight omega
   5. loss, backward through the forward of point 3                     loss_terms
   6. AdamW                                                             update
 
@@ -16,12 +16,15 @@ Points 3 to 5 are `train_question` below: the algorithm, for one question.
                                 + lambda 1[k not finished] log pi(m | x, z_k) ]    marker term
            / 512
 
-x is a question, B the number of questions of one optimizer update. z_k is a trace with the token
-that ended it: the marker m, which ends thinking ("finished"), another special token, or none at the
-length limit; then m is forced. c_ki is the probability of token i of the gold answer after z_k, m.
-f is the method (--aggregator). rho is 1 with one update per step, else the truncated importance
-ratio. omega is the answer weight: w = df/dlog c makes this the gradient of J = E[f(c)]
-(--answer-weight exact); with omega = 1, the paper's choice, the answer term is supervised learning.
+x is a question, B the number of questions of one optimizer update, on all ranks together. z_k is a
+trace as it was sampled, with the token that ended it: the marker m, which ends thinking
+("finished"), another special token, or none at the length limit. The answer follows z_k and one m:
+the sampled one, or where there is none a forced one, in the place of another special token.
+c_ki is the probability of token i of the gold answer there, n_i the same after the empty trace (the
+null think), whose log-prob is `null_logp`. Traces are sampled and scored at --temperature, answers
+at 1. rho is 1 with one update per step, else the truncated importance ratio (reward.py). omega = 1,
+the paper's choice, makes the answer term supervised learning; omega = w = df/dlog c makes the whole
+the gradient of J = E[f(c)] (--answer-weight exact --scale none).
 
 How it differs from the usual GRPO script:
   1. No verifier and no reward model: the reward is made of the gold answer's probabilities.
@@ -30,8 +33,8 @@ How it differs from the usual GRPO script:
      gets a cross-entropy of weight lambda.
   4. Sums over tokens are divided by one constant, so that the gradient does not depend on padding,
      micro-batches or the number of processes.
-  5. No second forward for old log-probs (the sampler recorded them), none for the null think, which
-     is the answer after the empty trace (one more branch that is scored beside the traces).
+  5. No forward for old log-probs (the sampler recorded them), and none of its own for the null
+     think: it is one more branch beside the traces.
 
     python train.py                                       the task in examples/hops, on a laptop
     python train.py --traces 0 --out runs/hops-sft        plain SFT on the same pairs
@@ -101,13 +104,12 @@ def train_question(
     parts = micro_batches(traces, args.micro_traces)  # indices of traces; one part without the flag
     with torch.set_grad_enabled(len(parts) == 1):
         scores = score(model, leaves, traces, answer, marker, temperature=temperature, entropy=True)
-    null_logp = scores.null_logp.detach()  # [T]
+    null_logp = scores.null_logp  # [T]
     if args.null == "frozen":
         with torch.no_grad():
             null_logp = score(initial, example.prompt, [], answer, marker).null_logp
     text = (example, traces, tokenizer)  # for an aggregator that sees them
-    logp = scores.answer_logp.detach()  # [K, T]
-    reward, advantage, omega = credit(logp, null_logp, args, text, least_std)
+    reward, advantage, omega = credit(scores.answer_logp, null_logp, args, text, least_std)
     score_seconds = now() - began
 
     losses = []
@@ -119,8 +121,8 @@ def train_question(
         terms.sum().backward()
         losses.append(terms.detach())
     prompt_backward(prompt, leaves)
-    loss = sum(losses)
-    return Outcome(example, traces, scores, null_logp, reward, advantage, loss, score_seconds)
+    credited = (null_logp, reward, advantage)
+    return Outcome(example, traces, scores, *credited, sum(losses), score_seconds)
 
 
 def loss_terms(

@@ -71,7 +71,7 @@ class Run:
 
     run = Run(args)            refuses what --out cannot be used for; writes nothing
     run.restore(...)           optimizer, step and position of `run.checkpoint`, if there is one
-    log = run.open(...)        from here on the folder is written to
+    log = run.open()           from here on the folder is written to
     run.after_step(...)        bad updates, signals, checkpoints
     run.finish(...)            final/
 
