@@ -1,11 +1,14 @@
-"""Rewards of other papers, as functions of one's own: what a fork writes to add a method.
+"""Rewards of other papers, as functions of one's own.
 
     python train.py --aggregator examples/rewards.py:nover
 
-Each is a function of the answer's log-probs after K traces, logp [K, T], and without one,
-null_logp [T], as in aggregate.py; answer weights come from autograd through it. Constants are those
-of the authors' code: NOVER (arXiv 2505.16022) in thinkwee/NOVER, VR-CLI (arXiv 2503.22828) in
-Alex-Gurung/ReasoningNCP. mixture is after Quiet-STaR (arXiv 2403.09629).
+Each is a function of the answer's log-probs after K traces, logp [K, T],
+and without one, null_logp [T], as in aggregate.py. Answer weights come from
+autograd through it. Constants are those of the authors' code:
+
+    nover     NOVER (arXiv 2505.16022), thinkwee/NOVER
+    vr_cli    VR-CLI (arXiv 2503.22828), Alex-Gurung/ReasoningNCP
+    mixture   after Quiet-STaR (arXiv 2403.09629)
 """
 
 import math
