@@ -159,6 +159,8 @@ class Run:
             progress = read_json(self.checkpoint / "progress.json")
             self.step, self.position = progress["step"], progress["position"]
             updates = float(progress["updates"])
+            began_with = progress.get("warmup_steps", self.args.warmup_steps)
+            self.args.warmup_steps = float(began_with)
             same = progress["data"] == pairs.digest
             text = f"has changed since {self.checkpoint}: a position in it means other rows"
             require(same, f"{pairs.path}: {text}")
@@ -274,7 +276,8 @@ class Run:
                 tokenizer.save(folder)
                 updates = max(int(state["step"]) for state in optimizer.state.values())
                 progress = {"step": self.step, "position": self.position, "updates": updates}
-                write_json(folder / "progress.json", progress | {"data": digest})
+                progress |= {"data": digest, "warmup_steps": self.args.warmup_steps}
+                write_json(folder / "progress.json", progress)
 
         def prune() -> None:
             for old in self.checkpoints()[:-KEEP]:
