@@ -7,7 +7,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -190,7 +190,7 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
     args = Args(**vars(parser.parse_args(argv)))
     saved = saved_args(Path(args.out)) if args.resume else None
     if saved:  # the flags that are not given are the run's, not today's defaults
-        kept = vars(saved) | {"resume": True, "overwrite": False}
+        kept = asdict(saved) | {"resume": True, "overwrite": False}
         if saved.aggregator not in AGGREGATORS:
             kept.pop("aggregator")  # a file of code: only the command line can ask to run it
         parser.set_defaults(**kept)
@@ -263,7 +263,7 @@ def saved_args(out: Path) -> Args | None:
 
 def check_same_run(args: Args, saved: Args) -> None:
     """InputError for a flag that would make the run that is resumed another one."""
-    for name, before in vars(saved).items():
+    for name, before in asdict(saved).items():
         now = getattr(args, name)
         require(
             name in MAY_CHANGE or before == now,
