@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+from conftest import BRIEF
 
+import train
 from data import Example, Pairs, next_examples, row_at, stream_seed
+from support.args import Args
 from support.errors import InputError
 from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
 
@@ -525,3 +528,20 @@ def test_a_stream_seed_depends_on_every_argument_and_never_changes():
     seeds = {stream_seed(*name) for name in [*names, (1,), (1, 2)]}
     assert len(seeds) == 29
     assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.Generator takes
+
+
+# ---- a run that goes on
+def test_more_steps_do_not_stretch_the_warm_up(world):
+    for steps in (4, 6, 8):  # each goes on from the one before
+        flags = [
+            "--model=model",
+            "--data=rows.jsonl",
+            "--out=new",
+            "--resume",
+            "--warmup=1",
+            *BRIEF,
+        ]
+        train.train(train.parse_args([*flags, f"--steps={steps}"], ""))
+    log = [json.loads(line) for line in Path("new/log.jsonl").read_text().splitlines()]
+    rates = [record["lr"] / Args.lr for record in log]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
