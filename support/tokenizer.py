@@ -187,6 +187,7 @@ class Tokenizer:
         extra = [text for name, text in named.items() if name.isdigit()]
         described["additional_special_tokens"] = extra
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
+        described["model_input_names"] = ["input_ids", "attention_mask"]  # as the models' classes
         described["chat_template"] = self.chat_template()
         write_json(path / "tokenizer_config.json", dict(sorted(described.items())))
         self.model.save(str(path / "tokenizer.json"))
