@@ -183,11 +183,12 @@ class Tokenizer:
         described = {name: self.described[name] for name in self.described if name not in hidden}
         # A marker that is named, as pad for instance, would be special again.
         named = {name: text for name, text in self.named.items() if text != self.marker}
-        described |= {name: text for name, text in named.items() if not name.isdigit()}
-        extra = [text for name, text in named.items() if name.isdigit()]
-        described["additional_special_tokens"] = extra
+        extra = [named.pop(name) for name in list(named) if name.isdigit()]
+        described |= named | {"additional_special_tokens": extra}
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
         described["model_input_names"] = ["input_ids", "attention_mask"]  # as the models' classes
+        space = getattr(self.model.pre_tokenizer, "add_prefix_space", False)
+        described["add_prefix_space"] = space  # transformers 4 would set it to False
         described["chat_template"] = self.chat_template()
         write_json(path / "tokenizer_config.json", dict(sorted(described.items())))
         self.model.save(str(path / "tokenizer.json"))

@@ -76,10 +76,8 @@ def read_config(path: str | Path) -> Config:
     require(file.is_file(), f"{file}: no such file; --model takes a Hugging Face directory")
     source = read_json(file)
     family = source.get("model_type")
-    known = ", ".join(IMPLIED)
-    require(
-        family in list(IMPLIED), f"{file}: model_type {family!r} is not implemented; {known} are"
-    )
+    text = f"{file}: model_type {family!r} is not implemented; {', '.join(IMPLIED)} are"
+    require(family in list(IMPLIED), text)
     for name, accepted in ACCEPTED.items():
         value = source.get(name, accepted)
         text = f"{file}: {name} = {value!r} is not implemented; only {accepted!r} is"
@@ -112,15 +110,13 @@ def read_rope(source: dict, file: Path) -> tuple[float, dict | None]:
                 value, other = stated.setdefault(name, (rope[name], place))
                 text = f"{file}: {name} is {value!r} in {other} and {rope[name]!r} in {place}"
                 require(value == rope[name], text)
-    rope = {name: value for name, (value, _) in stated.items()}
-    theta, kind = rope.get("rope_theta", 10000.0), rope.get("rope_type", "default")
-    text = f"{file}: rope type {kind!r} is not implemented; default and llama3 are"
-    require(kind in ("default", "llama3"), text)
-    part = rope.get("partial_rotary_factor", 1)
-    require(part == 1, f"{file}: partial_rotary_factor {part} is not implemented")
-    if kind == "default":
-        return theta, None
-    return theta, {"rope_type": kind} | {name: rope[name] for name in LLAMA3_ROPE}
+    rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1}
+    rope |= {name: value for name, (value, _) in stated.items()}
+    theta, kind, part = rope["rope_theta"], rope["rope_type"], rope["partial_rotary_factor"]
+    text = f"{file}: rope type {kind!r} (partial_rotary_factor {part}) is not implemented"
+    require(kind in ("default", "llama3") and part == 1, f"{text}; default and llama3 are")
+    names = LLAMA3_ROPE if kind == "llama3" else ()
+    return theta, {"rope_type": kind} | {name: rope[name] for name in names} if names else None
 
 
 def config_json(config: Config, dtype: torch.dtype) -> dict:
