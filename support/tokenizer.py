@@ -139,9 +139,8 @@ class Tokenizer:
         format(last question). str.replace, as questions may contain braces.
         """
         if self.prompt_format == CHAT:
-            messages = [{"role": "user", "content": text} for text in turns]
-            for message in messages[1::2]:
-                message["role"] = "assistant"
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
             with refusing(f"{self.path}: its chat template fails"):
                 return self.chat.render(messages=messages, **self.named, **CHAT_OPTIONS)
         text = self.bos
@@ -192,8 +191,8 @@ class Tokenizer:
         described["chat_template"] = self.chat_template()
         write_json(path / "tokenizer_config.json", dict(sorted(described.items())))
         self.model.save(str(path / "tokenizer.json"))
-        stops = {"eos_token_id": self.eos_ids}
-        write_json(path / "generation_config.json", self.generation | stops)
+        stops = self.generation | {"eos_token_id": self.eos_ids}
+        write_json(path / "generation_config.json", stops)
         write_json(path / "nrt.json", {"marker": self.marker, "prompt_format": self.prompt_format})
 
     def chat_template(self) -> str:
@@ -208,8 +207,7 @@ def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
     require(file.is_file(), f"{file}: no such file; {advice}, then --model DIR")
     with refusing(f"{file}: not a tokenizer"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # Some published files contain the padding and truncation that a training run used.
-        tokenizer.no_padding()
+        tokenizer.no_padding()  # some published files have those of a training run
         tokenizer.no_truncation()
         tokenizer.encode("A text: 1, 2 é \n")  # some mistakes show only here
     return tokenizer
