@@ -172,7 +172,7 @@ def train_step(
         groups = sample_groups(view, tokenizer, questions, step, args)
     sampled = now()
 
-    lr = args.lr * min(1.0, step / max(1.0, args.warmup * args.steps))
+    lr = args.lr * min(1.0, step / max(1.0, args.warmup_steps))
     figures, norms, first, score_seconds = [], [], None, 0.0
     for done, (example, traces) in enumerate(zip(questions, groups, strict=True), start=1):
         # An aggregator may draw random numbers (exact_match): same ones in every run.

@@ -14,7 +14,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,22 +23,23 @@ from data import parse_row
 from support.errors import InputError, OneLineParser, exit_on_bad_input, printable, refusing
 
 SHOWN = 20  # bad rows
+csv.field_size_limit(2**31 - 1)  # characters; its default refuses an answer of 131,073
 
 
-def rows_of(file: Path) -> Iterator[tuple[str, dict | bytes]]:
-    """(where it stands, row) of a file. A row of JSONL is its line."""
+def rows_of(file: Path, keys: list[str]) -> Iterator[tuple[str, object]]:
+    """(where it stands, row) of a file. A row of JSONL is its line, of parquet a batch of one."""
     with refusing(file):
         if file.suffix == ".parquet":
             from pyarrow import parquet
 
-            batches = parquet.ParquetFile(file).iter_batches()
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, start=1):
-                yield f"{file}, row {number}", row
+            source = parquet.ParquetFile(file)
+            columns = [column.path for column in source.schema if is_read(column.path, keys)]
+            batches = source.iter_batches(columns=columns)
+            rows = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
+            yield from numbered(file, rows)
         elif file.suffix == ".csv":
             with open(file, newline="", encoding="utf-8-sig") as lines:
-                for number, row in enumerate(csv.DictReader(lines), start=1):
-                    yield f"{file}, row {number}", row
+                yield from numbered(file, csv.DictReader(lines))
         else:
             with open(file, "rb") as lines:
                 for number, line in enumerate(lines, start=1):
@@ -46,12 +47,32 @@ def rows_of(file: Path) -> Iterator[tuple[str, dict | bytes]]:
                         yield f"{file}:{number}", line
 
 
-def convert(row: dict | bytes, where: str, question_key: str, answer_key: str) -> str:
+def is_read(column: str, keys: list[str]) -> bool:
+    """Whether a parquet column is needed. Those within messages have names like messages.x.role."""
+    name, _, inner = column.partition(".")
+    return column in keys or (name == "messages" and inner.endswith(("role", "content")))
+
+
+def numbered(file: Path, rows: Iterator[object]) -> Iterator[tuple[str, object]]:
+    for number in count(1):
+        where = f"{file}, row {number}"
+        with refusing(where):  # a row that cannot be read
+            row = next(rows, None)
+        if row is None:
+            return
+        yield where, row
+
+
+def convert(row: object, where: str, question_key: str, answer_key: str) -> str:
     """A row -> its line of pairs.jsonl. InputError as train.py would refuse it."""
     with refusing(where):
-        row = json.loads(row) if isinstance(row, bytes) else row
+        if isinstance(row, bytes):
+            row = json.loads(row)
+        elif not isinstance(row, dict):
+            (row,) = row.to_pylist()
         if row.get("messages") is not None:
-            row = {"messages": row["messages"]}
+            turns = [{name: turn[name] for name in ("role", "content")} for turn in row["messages"]]
+            row = {"messages": turns}
         else:
             row = {"question": row[question_key], "answer": row[answer_key]}
         line = json.dumps(row)
@@ -71,9 +92,10 @@ def main() -> None:
     good, bad = 0, []
     try:
         with open(temporary, "w") as out:
-            for where, row in chain.from_iterable(map(rows_of, args.files)):
+            keys = [args.question_key, args.answer_key]
+            for where, row in chain.from_iterable(rows_of(file, keys) for file in args.files):
                 try:
-                    out.write(convert(row, where, args.question_key, args.answer_key) + "\n")
+                    out.write(convert(row, where, *keys) + "\n")
                     good += 1
                 except InputError as error:
                     bad.append(str(error))

@@ -7,7 +7,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -118,7 +118,11 @@ class Args:
 
     # optimisation
     lr: float = arg(2e-4, "peak learning rate, for a 0.8M model (paper: 2e-6 for 3B to 8B)")
-    warmup: float = arg(0.1, "share of the steps in which the learning rate rises to its peak")
+    warmup: float = arg(
+        0.1,
+        "share of the steps in which the learning rate rises to its peak; as a number of steps it "
+        "is fixed when the run begins",
+    )
     weight_decay: float = arg(0.01, "of AdamW, the paper's value")
     grad_clip: float = arg(1.0, "largest gradient norm of an update", least=1e-30)
     seed: int = arg(0, "of every random stream; same seed, same run")
@@ -164,6 +168,7 @@ class Args:
     def __post_init__(self) -> None:
         if self.data != Args.data and self.eval_data == Args.eval_data:
             self.eval_data = ""  # the embedded test set says nothing about other data
+        self.warmup_steps = self.warmup * self.steps  # a resumed run keeps the number it began with
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.prompt_format:
@@ -190,7 +195,7 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
     args = Args(**vars(parser.parse_args(argv)))
     saved = saved_args(Path(args.out)) if args.resume else None
     if saved:  # the flags that are not given are the run's, not today's defaults
-        kept = vars(saved) | {"resume": True, "overwrite": False}
+        kept = asdict(saved) | {"resume": True, "overwrite": False}
         if saved.aggregator not in AGGREGATORS:
             kept.pop("aggregator")  # a file of code: only the command line can ask to run it
         parser.set_defaults(**kept)
@@ -252,7 +257,7 @@ def check_args(args: Args) -> None:
 # ---- a run that goes on
 # What may differ from the run's args.json when it is resumed; the rest makes it another run.
 MAY_CHANGE = (
-    "out resume overwrite steps lr warmup eval_data eval_every eval_questions save_every "
+    "out resume overwrite steps lr eval_data eval_every eval_questions save_every "
     "device micro_traces recompute decode_rows"
 ).split()
 
@@ -267,7 +272,7 @@ def saved_args(out: Path) -> Args | None:
 
 def check_same_run(args: Args, saved: Args) -> None:
     """InputError for a flag that would make the run that is resumed another one."""
-    for name, before in vars(saved).items():
+    for name, before in asdict(saved).items():
         now = getattr(args, name)
         require(
             name in MAY_CHANGE or before == now,

@@ -4,7 +4,7 @@
                 checkpoint-000010/   a Hugging Face directory: fp32 parameters, tokenizer
                     optimizer/       AdamW's moments, each rank's rows in a safetensors file
                     progress.json    step, data position, updates applied, digest of the data,
-                                     moving average of the reward std
+                                     moving average of the reward std, steps of warm-up
                 final/               the trained model, in the precision the initial one has
                 run.lock             locked while a process writes here
 
@@ -172,6 +172,7 @@ class Run:
             progress = read_json(self.checkpoint / "progress.json")
             self.step, self.position = int(progress["step"]), int(progress["position"])
             updates, self.reward_std = float(progress["updates"]), progress["reward_std"]
+            self.args.warmup_steps = float(progress["warmup_steps"])  # it began with
             same = progress["data"] == pairs.digest
             text = f"has changed since {self.checkpoint}: a position in it means other rows"
             require(same, f"{pairs.path}: {text}")
@@ -289,6 +290,7 @@ class Run:
                 updates = max(int(state["step"]) for state in optimizer.state.values())
                 progress = {"step": self.step, "position": self.position, "updates": updates}
                 progress |= {"reward_std": self.reward_std, "data": digest}
+                progress["warmup_steps"] = self.args.warmup_steps
                 write_json(folder / "progress.json", progress)
 
         def prune() -> None:

@@ -6,17 +6,19 @@
     tokenizer.save("R/final")                 the directory again, with the marker in it
 
 The marker is one token, which ends a trace. Where the vocabulary lacks it, it is added at the end.
-A prompt format is one string with {question}, or "chat" for the directory's own chat template. The
-export has a chat template that makes the prompts of training, so that other software prompts the
-model as it was trained.
+A prompt format is one string with {question}, or "chat" for the directory's own chat template. A
+prompt is rendered as text, with bos, and tokenized as it is. The export's chat template renders
+the same text, so that other software prompts the model as it was trained.
+
+tokenizer.json says what the tokens are; tokenizer_config.json names bos, eos and others, and what
+it lists beyond tokenizer.json is added, as in transformers. The export has each fact once.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable
+from datetime import datetime
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import tokenizers
@@ -26,11 +28,13 @@ from support.errors import python, read_json, refusing, require, write_json
 MARKER = "<|response_start|>"  # the paper's
 PROMPT_FORMAT = "<|user|>\n{question}\n<|assistant|>\n"  # of Tulu, which the paper trains on
 CHAT = "chat"  # the prompt format of the model directory's own chat template
+# What transformers shows a template beside messages and special tokens.
+CHAT_OPTIONS = {"tools": None, "documents": None, "add_generation_prompt": True}
 
 # Parts of the names of unused tokens in Llama 3, Gemma and Mistral's two tokenizers.
 RESERVED = ("reserved", "unused", "[control_", "<special_")
-# Files of a model directory that other software reads beside tokenizer.json, copied with it.
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+# Fields of tokenizer_config.json that might contradict the exported tokenizer.json.
+NOT_EXPORTED = ("added_tokens_decoder", "extra_special_tokens", "auto_map", "split_special_tokens")
 
 
 class Tokenizer:
@@ -57,34 +61,38 @@ class Tokenizer:
     ) -> None:
         self.path = Path(path)
         # All files are read here: a run may outlive the directory it began from.
-        config, saved = (read_json(self.path / name) for name in ("config.json", "nrt.json"))
-        self.files = {name: read_json(self.path / name) for name in SIDE_FILES}
+        names = "config nrt generation_config tokenizer_config special_tokens_map".split()
+        files = [read_json(self.path / f"{name}.json") for name in names]
+        config, saved, self.generation, self.described, older = files
+        if "added_tokens_decoder" not in self.described:  # transformers reads the older file then
+            self.described |= older
         self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
         with refusing(self.path):
-            self.eos_ids = find_eos(self.path, config, self.files, self.model)
+            self.named = add_named_tokens(self.model, self.described)
+            self.eos_ids = find_eos(self.path, self.model, self.named, self.generation, config)
         self.eos: str = self.model.id_to_token(self.eos_ids[0])
-        # Llama's and Mistral's tokenizers put bos in front of every text, some put eos behind it.
-        self.prefix = [token for token in self.model.encode("").ids if token not in self.eos_ids]
+        # Llama's and Mistral's tokenizers put bos in front of every text.
+        start = self.model.encode("a")
+        length = next((i for i, text in enumerate(start.sequence_ids) if text == 0), 0)
+        self.prefix = start.ids[:length]
         self.bos = "".join(self.model.id_to_token(token) for token in self.prefix)
+        added = self.model.get_added_tokens_decoder()
+        hidden = [self.model.id_to_token(token) for token in self.prefix if token not in added]
+        self.model.add_special_tokens(hidden)  # a prompt is a text: bos has to be a token there
 
-        self.own_template = own_template(self.path, self.files["tokenizer_config.json"])
+        self.own_template = own_template(self.path, self.described)
         chosen = prompt_format or saved.get("prompt_format")
-        self.note = ""
-        if self.own_template and not chosen:
-            self.note = (
-                f"note: {self.path} has a chat template: --prompt-format chat prompts with it\n"
-            )
+        note = f"note: {path} has a chat template: --prompt-format chat prompts with it\n"
+        self.note = note if self.own_template and not chosen else ""
         self.prompt_format: str = chosen or PROMPT_FORMAT
         if self.prompt_format == CHAT:
-            self.chat = make_chat(self.own_template, self.path, self.bos, self.eos)
-        with refusing(f"--prompt-format {self.prompt_format!r} (or that of {self.path}/nrt.json)"):
+            self.chat = compile_template(self.own_template, self.path)
+        flag = f"--prompt-format {self.prompt_format!r} (or that of {self.path}/nrt.json)"
+        with refusing(flag):
             shown = self.prompt_text(["a question"])
             self.model.encode(shown)  # fails for half a character
-        require(
-            "a question" in shown,
-            f"--prompt-format {self.prompt_format!r} drops the question: it lacks {{question}}, "
-            f"or the chat template of {self.path} leaves it out",
-        )
+        lacks = "it lacks {question}, or the chat template leaves it out"
+        require("a question" in shown, f"{flag} drops the question: {lacks}")
 
         self.trained_marker: str | None = saved.get("marker")
         self.marker: str = marker or self.trained_marker or MARKER
@@ -97,41 +105,27 @@ class Tokenizer:
         self.marker_is_new = known is None or known >= rows
         unused_name = any(part in self.marker.lower() for part in RESERVED)
         self.marker_is_reserved = unused_name and self.marker != self.trained_marker
-        if known is None:
-            token = tokenizers.AddedToken(self.marker, special=False, normalized=False)
-            self.model.add_tokens([token])
+        self.model = with_marker(self.model, self.marker)
         self.marker_id: int = self.model.token_to_id(self.marker)
-        require(
-            self.marker_id not in self.eos_ids,
-            f"--marker {self.marker!r} is an eos token of {self.path / 'tokenizer.json'}: "
-            "it cannot start the answer and end it",
-        )
-        self.model = with_ordinary_token(self.model, self.marker_id)
+        free = self.marker_id not in [*self.eos_ids, *self.prefix]
+        require(free, f"--marker {self.marker!r} is an eos or bos token of {self.path}")
         if self.marker_is_new:
             rows = max(rows, self.marker_id + 1)  # the embedding grows
         # Any text may need these. Of the added tokens a model may have fewer rows: Pairs refuses
         # the rows of a file that spell out one without.
         ordinary = self.model.get_vocab(with_added_tokens=False).values()
         highest = max([self.eos_ids[0], *self.prefix, *ordinary])
-        require(
-            highest < rows,
-            f"{self.path / 'tokenizer.json'}: has a token {highest}, config.json says vocab_size "
-            f"{rows}: the model is not this tokenizer's",
-        )
-        # A special token within a trace would start another turn or end the text.
+        text = f"{self.path}: has a token {highest}, config.json says vocab_size {rows}"
+        require(highest < rows, f"{text}: the model is not this tokenizer's")
         added = self.model.get_added_tokens_decoder()
+        # A special token within a trace would start another turn or end the text.
         special = {token for token, entry in added.items() if entry.special}
         self.cut_ids = sorted((special | set(self.eos_ids)) - {self.marker_id})
 
         self.without_row = {entry.content for token, entry in added.items() if token >= rows}
         named = special | {self.marker_id}
         names = {entry.content for token, entry in added.items() if token in named}
-        names = sorted(names | self.without_row)
-        # With a common first letter, a search is many times as fast.
-        self.patterns = {
-            letter: re.compile("|".join(map(re.escape, group)))
-            for letter, group in groupby(names, key=lambda name: name[0])
-        }
+        self.names = names | self.without_row  # a text that holds one is not all ordinary
 
     # ---- text to ids and back
     def prompt_ids(self, turns: list[str]) -> list[int]:
@@ -139,24 +133,27 @@ class Tokenizer:
         return self.encode_prompt(self.prompt_text(turns))
 
     def prompt_text(self, turns: list[str]) -> str:
-        """The same as text, without bos.
+        """The same as text, bos included.
 
         A conversation is laid out as in Tulu: format(question) answer eos newline, ...,
-        format(last question). The tokenizer turns the text of eos into its token, as it does with
-        any special token in a text. str.replace, as questions may contain braces.
+        format(last question). str.replace, as questions may contain braces.
         """
         if self.prompt_format == CHAT:
-            return self.chat(turns).removeprefix(self.bos)
-        text = ""
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+            with refusing(f"{self.path}: its chat template fails"):
+                return self.chat.render(messages=messages, **self.named, **CHAT_OPTIONS)
+        text = self.bos
         for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
             text += self.prompt_format.replace("{question}", question) + answer + self.eos + "\n"
         return text + self.prompt_format.replace("{question}", turns[-1])
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self.prefix + self.model.encode(text, add_special_tokens=False).ids
+        """The ids of a text as it is."""
+        return self.model.encode(text, add_special_tokens=False).ids
 
     def encode_answer(self, text: str) -> list[int]:
-        ids = self.model.encode(text, add_special_tokens=False).ids
+        ids = self.encode_prompt(text)
         eos = self.eos_ids[0]
         return ids if ids[-1:] == [eos] else [*ids, eos]  # some data has eos in its text
 
@@ -166,92 +163,106 @@ class Tokenizer:
 
     def spells_out(self, text: str) -> bool:
         """Whether the text holds a special token's name: it becomes that token."""
-        found = (letter in text and names.search(text) for letter, names in self.patterns.items())
-        return any(found)
+        return any(name in text for name in self.names)
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether both make the same tokens of every row."""
-        ours, theirs = (
-            (made.model.to_str(), made.eos_ids, made.marker, made.prompt_format)
-            for made in (self, other)
-        )
-        return ours == theirs
+        ours = (self.model.to_str(), self.eos_ids, self.marker, self.prompt_format)
+        return ours == (other.model.to_str(), other.eos_ids, other.marker, other.prompt_format)
 
     # ---- export
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer, the marker among its tokens, into a model directory.
 
         With it go nrt.json (marker, prompt format), a chat template that makes the prompts that
-        `prompt_ids` makes, and the other files of the directory that tokenizers and samplers read.
+        `prompt_ids` makes, and generation_config.json, with all ids that end an answer.
         """
         path = Path(path)
-        described = self.files["tokenizer_config.json"] | {"chat_template": self.chat_template()}
-        described.get("added_tokens_decoder", {}).get(str(self.marker_id), {})["special"] = False
-        for name, values in (self.files | {"tokenizer_config.json": described}).items():
-            if values:
-                write_json(path / name, values)
+        hidden = (*NOT_EXPORTED, *self.named)
+        described = {name: self.described[name] for name in self.described if name not in hidden}
+        # A marker that is named, as pad for instance, would be special again.
+        named = {name: text for name, text in self.named.items() if text != self.marker}
+        extra = [named.pop(name) for name in list(named) if name.isdigit()]
+        described |= named | {"additional_special_tokens": extra}
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
+        described["model_input_names"] = ["input_ids", "attention_mask"]  # as the models' classes
+        space = getattr(self.model.pre_tokenizer, "add_prefix_space", False)
+        described["add_prefix_space"] = space  # transformers 4 would set it to False
+        described["chat_template"] = self.chat_template()
+        write_json(path / "tokenizer_config.json", dict(sorted(described.items())))
         self.model.save(str(path / "tokenizer.json"))
+        stops = self.generation | {"eos_token_id": self.eos_ids}
+        write_json(path / "generation_config.json", stops)
         write_json(path / "nrt.json", {"marker": self.marker, "prompt_format": self.prompt_format})
 
     def chat_template(self) -> str:
         """The prompt format as the Jinja template that other software applies."""
-        if self.prompt_format == CHAT:
-            return self.own_template
-        return template_of(self.prompt_format, self.bos, self.eos)
+        own = self.prompt_format == CHAT
+        return self.own_template if own else template_of(self.prompt_format, self.bos, self.eos)
 
 
 # ---- reading a directory
 def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
-    require(
-        file.parent.is_dir(),
-        f"{file.parent}: no such directory; for a model of the hub, first "
-        "`hf download ORGANISATION/NAME --local-dir DIR`, then --model DIR",
-    )
-    found = file.is_file()
-    require(found, f"{file}: no such file; a Hugging Face directory with a fast tokenizer has one")
+    advice = "for a model of the hub, first `hf download ORGANISATION/NAME --local-dir DIR`"
+    require(file.is_file(), f"{file}: no such file; {advice}, then --model DIR")
     with refusing(f"{file}: not a tokenizer"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # Some published files contain the padding and truncation that a training run used.
-        tokenizer.no_padding()
+        tokenizer.no_padding()  # some published files have those of a training run
         tokenizer.no_truncation()
         tokenizer.encode("A text: 1, 2 é \n")  # some mistakes show only here
     return tokenizer
 
 
-def find_eos(
-    path: Path, config: dict, files: dict[str, dict], tokenizer: tokenizers.Tokenizer
-) -> list[int]:
+def add_named_tokens(model: tokenizers.Tokenizer, described: dict) -> dict[str, str]:
+    """-> the special tokens that tokenizer_config.json names: {"bos_token": text, ...}.
+
+    Those without a name have a number. What tokenizer.json lacks is added, as in transformers.
+    """
+    extra = described.get("extra_special_tokens") or described.get("additional_special_tokens")
+    if not isinstance(extra, dict):
+        extra = {str(i): token for i, token in enumerate(extra or [])}
+    named = {}
+    for name, token in (described | extra).items():
+        switch = token is None or isinstance(token, bool)  # add_bos_token, for instance
+        if (name in extra or name.endswith("_token")) and not switch:
+            named[name] = token["content"] if isinstance(token, dict) else token
+    listed = described.get("added_tokens_decoder") or {}
+    tokens = [tokenizers.AddedToken(**listed[i]) for i in sorted(listed, key=int)]
+    tokens += [tokenizers.AddedToken(text, special=True) for text in named.values()]
+    known = {token.content for token in model.get_added_tokens_decoder().values()}
+    model.add_tokens([token for token in tokens if token.content not in known])
+    return named
+
+
+def find_eos(path: Path, model: tokenizers.Tokenizer, named: dict, *configs: dict) -> list[int]:
     """All eos ids: tokenizer_config.json names the first, the model's configs may add more."""
-    named = files["tokenizer_config.json"].get("eos_token")
-    if isinstance(named, dict):  # an AddedToken written as an object
-        named = named["content"]
-    found = [] if named is None else [tokenizer.token_to_id(named)]
-    for values in (files["generation_config.json"], config):
-        ids = values.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [ids]
-    found = [token for token in found if token is not None]
-    require(
-        bool(found),
-        f"{path}: no eos token: neither tokenizer_config.json (eos_token) "
-        "nor config.json (eos_token_id) names one",
-    )
-    known = tokenizer.id_to_token(found[0]) is not None
+    found = [model.token_to_id(named["eos_token"])] if "eos_token" in named else []
+    for config in configs:
+        ids = config.get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    names = "neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) names one"
+    require(bool(found), f"{path}: no eos token: {names}")
+    known = model.id_to_token(found[0]) is not None
     require(known, f"{path}: eos is token {found[0]}, which tokenizer.json does not have")
     return list(dict.fromkeys(found))  # without duplicates, in this order
 
 
-def with_ordinary_token(tokenizer: tokenizers.Tokenizer, token: int) -> tokenizers.Tokenizer:
-    """The same tokenizer, in which `token` is not special: decoding never drops it.
+def with_marker(tokenizer: tokenizers.Tokenizer, marker: str) -> tokenizers.Tokenizer:
+    """The same tokenizer with `marker`: at the end, if it is new, and never special.
 
     Software that drops special tokens from its text could not tell the answer from the trace.
     """
-    entry = tokenizer.get_added_tokens_decoder().get(token)
-    if entry is None or not entry.special:
-        return tokenizer
-    made = json.loads(tokenizer.to_str())
-    for added in made["added_tokens"]:
-        added["special"] &= added["id"] != token
-    return tokenizers.Tokenizer.from_str(json.dumps(made))
+    if tokenizer.token_to_id(marker) is None:
+        tokenizer.add_tokens([tokenizers.AddedToken(marker, special=False, normalized=False)])
+    file = json.loads(tokenizer.to_str())
+    for token in file["added_tokens"]:
+        token["special"] &= token["content"] != marker
+    made = tokenizers.Tokenizer.from_str(json.dumps(file))
+    ids = made.get_vocab()
+    same = ids == tokenizer.get_vocab() and len(set(ids.values())) == len(ids)
+    text = "tokenizer.json leaves out ids, and the library gives a new token that of another"
+    require(same, f"{text}; take a --marker that it has")
+    return made
 
 
 # ---- chat templates
@@ -260,36 +271,30 @@ def own_template(path: Path, described: dict) -> str:
     file = path / "chat_template.jinja"
     with refusing(file):
         own = file.read_text("utf-8") if file.is_file() else described.get("chat_template")
-    return own if isinstance(own, str) else ""
+    if isinstance(own, list):  # several, of which this one is for prompts without tools
+        own = {named["name"]: named["template"] for named in own}.get("default")
+    return own or ""
 
 
-def make_chat(template: str, path: Path, bos: str, eos: str) -> Callable[[list[str]], str]:
-    """-> a function [user, assistant, ..., user] -> the prompt as text, by the template."""
-    require(template != "", f"--prompt-format chat: {path} has no chat template")
+def compile_template(template: str, path: Path) -> object:
+    """A chat template as a jinja2 Template, in an environment like transformers'."""
+    require(template != "", f"--prompt-format chat: {path} has no chat template named default")
     with refusing(f"--prompt-format chat needs jinja2 ({python()} -m pip install jinja2)"):
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateError, sandbox
 
     def raise_exception(message: str) -> None:  # templates call it where they refuse a message
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    made = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals["raise_exception"] = raise_exception
-    fails = f"{path}: its chat template fails"
-    with refusing(fails):
-        compiled = environment.from_string(template)
-
-    def chat(turns: list[str]) -> str:
-        roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
-        with refusing(fails):
-            return compiled.render(
-                messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
-            )
-
-    return chat
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    made.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    # transformers' own tag marks what a model has written: a scope without a further effect.
+    scopes = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})", r"\1with", template)
+    with refusing(f"{path}: its chat template fails"):
+        return made.from_string(scopes)
 
 
 def template_of(prompt_format: str, bos: str, eos: str) -> str:

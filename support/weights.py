@@ -34,16 +34,19 @@ DTYPES = {
 }
 
 INDEX = "model.safetensors.index.json"  # names the files of a model in several
+HEAD = "lm_head.weight"
 
 # ---- config.json
 # Fields that change the computation in ways that are not implemented: only this value is accepted.
 ACCEPTED = {
     "hidden_act": "silu",
+    "is_causal": True,
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
     "use_sliding_window": False,  # Qwen: some layers would have a window, others none
     "quantization_config": None,
+    "transformers_weights": None,  # another file's name
 }
 
 # What transformers assumes for an absent field, where it is not the default of Config. A field
@@ -59,6 +62,10 @@ ABSENT = {
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
 }
 
+# What RoPE is computed from. transformers 5 writes these fields into rope_parameters; older files
+# have rope_theta beside rope_scaling.
+ROPE = ("rope_theta", "rope_type", "partial_rotary_factor", *LLAMA3_ROPE)
+
 # Fields of Config that config.json does not state: they follow from the model_type.
 IMPLIED = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
@@ -69,17 +76,16 @@ def read_config(path: str | Path) -> Config:
     require(file.is_file(), f"{file}: no such file; --model takes a Hugging Face directory")
     source = read_json(file)
     family = source.get("model_type")
-    known = ", ".join(IMPLIED)
-    require(
-        family in list(IMPLIED), f"{file}: model_type {family!r} is not implemented; {known} are"
-    )
+    text = f"{file}: model_type {family!r} is not implemented; {', '.join(IMPLIED)} are"
+    require(family in list(IMPLIED), text)
     for name, accepted in ACCEPTED.items():
         value = source.get(name, accepted)
         text = f"{file}: {name} = {value!r} is not implemented; only {accepted!r} is"
         require(value == accepted, text)
     with refusing(file):
         kinds = set(source.get("layer_types") or [])
-        require(len(kinds) <= 1, f"{file}: layers of several layer_types are not implemented")
+        full = family in ("llama", "mistral") or kinds <= {"full_attention"}
+        require(full and len(kinds) <= 1, f"{file}: layer_types {kinds} are not implemented")
         stated = ABSENT[family] | source
         elsewhere = ("source", "rope_scaling", "qkv_bias", "qk_norm")
         names = [f.name for f in fields(Config) if f.name not in elsewhere]
@@ -91,20 +97,26 @@ def read_config(path: str | Path) -> Config:
 
 
 def read_rope(source: dict, file: Path) -> tuple[float, dict | None]:
-    """(rope_theta, rope_scaling).
-
-    transformers 5 writes both into rope_parameters; older files have the fields rope_theta and
-    rope_scaling.
-    """
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or source.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    require(
-        kind == "llama3", f"{file}: rope type {kind!r} is not implemented; default and llama3 are"
-    )
-    return theta, {"rope_type": kind} | {name: rope[name] for name in LLAMA3_ROPE}
+    """(rope_theta, rope_scaling). InputError where two places state different values of a field."""
+    stated = {}  # name: (value, place)
+    for place in ("rope_scaling", "rope_parameters", "config.json"):
+        rope = source if place == "config.json" else source.get(place) or {}
+        if rope and rope is not source:
+            rope = rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+            nested = any(isinstance(value, dict) for value in rope.values())
+            require(not nested, f"{file}: {place} by layer_types is not implemented")
+        for name in ROPE:
+            if rope.get(name) is not None:
+                value, other = stated.setdefault(name, (rope[name], place))
+                text = f"{file}: {name} is {value!r} in {other} and {rope[name]!r} in {place}"
+                require(value == rope[name], text)
+    rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1}
+    rope |= {name: value for name, (value, _) in stated.items()}
+    theta, kind, part = rope["rope_theta"], rope["rope_type"], rope["partial_rotary_factor"]
+    text = f"{file}: rope type {kind!r} (partial_rotary_factor {part}) is not implemented"
+    require(kind in ("default", "llama3") and part == 1, f"{text}; default and llama3 are")
+    names = LLAMA3_ROPE if kind == "llama3" else ()
+    return theta, {"rope_type": kind} | {name: rope[name] for name in names} if names else None
 
 
 def config_json(config: Config, dtype: torch.dtype) -> dict:
@@ -123,6 +135,8 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
                 source[f.name] = getattr(config, f.name)
     dtype_key = "dtype" if "dtype" in source else "torch_dtype"
     changed = {"vocab_size": config.vocab_size, dtype_key: str(dtype).removeprefix("torch.")}
+    if config.eos_token_id is not None:
+        changed["eos_token_id"] = config.eos_token_id
     return source | changed
 
 
@@ -137,18 +151,19 @@ def load_model(
     """
     model = empty_model(read_config(path))
     parameters = {file_name(name): (name, list(p.shape)) for name, p in model.named_parameters()}
+    # A file may hold a tied head, too.
+    allowed = {HEAD: (HEAD, list(model.lm_head.weight.shape))} | parameters
     found = {}
     for file in weight_files(Path(path)):
         with refusing(file), safe_open(file, framework="pt") as tensors:
             for stored_name in tensors.keys():
-                # Old Llama exports hold RoPE frequencies, and a copy of a tied head.
-                tied_head = stored_name == "lm_head.weight" and model.config.tie_word_embeddings
-                if tied_head or stored_name.endswith("rotary_emb.inv_freq"):
+                if stored_name.endswith("rotary_emb.inv_freq"):  # of old Llama exports
                     continue
                 tensor = f"{file}: tensor {stored_name}"
-                known = stored_name in parameters
+                known = stored_name in allowed
                 require(known, f"{tensor} is not a parameter of the model in config.json")
-                name, right = parameters[stored_name]
+                name, right = allowed[stored_name]
+                require(name not in found, f"{tensor} is in another file, too")
                 stored = tensors.get_slice(stored_name)
                 shape, kind = stored.get_shape(), stored.get_dtype()
                 require(shape == right, f"{tensor} has shape {shape}, config.json says {right}")
@@ -157,6 +172,10 @@ def load_model(
                 found[name] = values.to(device=device, dtype=dtype, copy=True)
     for stored_name, (name, _) in parameters.items():
         require(name in found, f"{path}: tensor {stored_name} is missing")
+    if model.config.tie_word_embeddings and HEAD in found:
+        same = torch.equal(found.pop(HEAD), found["embed_tokens.weight"])
+        text = f"config.json says tie_word_embeddings, {HEAD} is not model.embed_tokens.weight"
+        require(same, f"{path}: {text}")
     return assign(model, found)
 
 
@@ -176,16 +195,19 @@ def assign(model: Transformer, state: dict[str, Tensor]) -> Transformer:
 
 def file_name(name: str) -> str:
     """Parameter name -> the tensor's name in a Hugging Face file."""
-    return name if name.startswith("lm_head.") else "model." + name
+    return name if name == HEAD else "model." + name
 
 
 def weight_files(path: Path) -> list[Path]:
     """The directory's safetensors files: those its index names, or the only one."""
-    index = path / INDEX
+    whole, index = path / "model.safetensors", path / INDEX
     if not index.is_file():
-        return [path / "model.safetensors"]
+        return [whole]
     with refusing(index):
-        return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    one = files == [whole] or not whole.exists()
+    require(one, f"{index} names other files than {whole}: which one is the model? Remove one")
+    return files
 
 
 def stored_dtypes(path: str | Path) -> dict[str, torch.dtype]:
@@ -206,6 +228,7 @@ def load_with_marker(
     One that was never trained starts as a copy of eos (paper, section 4).
     """
     model = load_model(path, dtype, device)
+    model.config.eos_token_id = tokenizer.eos_ids  # every reader should stop where we do
     if tokenizer.marker_is_new or tokenizer.marker_is_reserved:
         copy_token_rows(model, tokenizer.marker_id, tokenizer.eos_ids[0])
     return model

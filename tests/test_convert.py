@@ -1,5 +1,7 @@
 """examples/convert.py: other files become the pairs that train.py reads."""
 
+import datetime
+import decimal
 import json
 import sys
 from pathlib import Path
@@ -38,12 +40,44 @@ def test_parquet_in_the_form_of_gsm8k_and_of_tulu_3(tmp_path, monkeypatch, capsy
     from pyarrow import parquet
 
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    tulu = [{"id": "1", "messages": turns, "source": "x"}]
+    when = pyarrow.scalar(1, pyarrow.timestamp("ns"))  # which Python's datetime cannot hold
+    tulu = [{"id": "1", "messages": [turn | {"when": when} for turn in turns], "when": when}]
     for name, rows in (("gsm8k", PAIRS), ("tulu", tulu)):
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
     files = [tmp_path / "gsm8k.parquet", tmp_path / "tulu.parquet"]
     rows, _ = command(monkeypatch, capsys, "--out", tmp_path / "out.jsonl", *files)
     assert rows == [*PAIRS, {"messages": turns}]
+
+
+def test_of_messages_role_and_content_are_kept(tmp_path, monkeypatch, capsys):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": [turn | {"timestamp": 3} for turn in turns]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    out = ["--out", tmp_path / "out.jsonl", tmp_path / "rows.jsonl"]
+    assert command(monkeypatch, capsys, *out) == ([{"messages": turns}], "")
+
+
+def test_a_row_that_is_no_text_is_named_whatever_its_type(tmp_path, monkeypatch, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for value in (datetime.date(2020, 1, 1), decimal.Decimal("1.5"), b"a", 3, None, ["a"]):
+        rows = pyarrow.Table.from_pylist([{"question": "q", "answer": value}])
+        parquet.write_table(rows, tmp_path / "rows.parquet")
+        flags = ["--out", tmp_path / "out.jsonl", "--skip-bad-rows", tmp_path / "rows.parquet"]
+        with pytest.raises(InputError, match="1 bad rows, 0 good ones"):
+            command(monkeypatch, capsys, *flags)
+        assert capsys.readouterr().err.startswith(f"{tmp_path / 'rows.parquet'}, row 1: ")
+
+
+def test_a_long_csv_field_is_read_and_a_broken_row_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.csv").write_text("question,answer\nq," + "a" * 200_000)
+    flags = ["--out", tmp_path / "out.jsonl", tmp_path / "a.csv"]
+    rows, _ = command(monkeypatch, capsys, *flags)
+    assert rows == [{"question": "q", "answer": "a" * 200_000}]
+    (tmp_path / "a.csv").write_bytes(b"question,answer\nq,a\nq," + b"a" * 9000 + b"\xff")
+    with pytest.raises(InputError, match=r"a.csv, row \d: .*utf-8"):
+        command(monkeypatch, capsys, *flags)
 
 
 def test_all_bad_rows_are_listed_and_nothing_is_written_unless_they_are_skipped(

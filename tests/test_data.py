@@ -1,6 +1,7 @@
 """data.py and support/tokenizer.py: rows to token ids, the marker, the export, refusals by file and
 line, an order that depends on the seed alone."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+from conftest import BRIEF
 
+import train
 from data import Example, Pairs, next_examples, row_at, stream_seed
+from support.args import Args
 from support.errors import InputError
 from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
 
@@ -84,8 +88,7 @@ def test_the_last_assistant_turn_is_the_answer_and_the_turns_before_it_the_promp
     assert (example.question, example.gold) == ("Where?", "Paris.")
     text = "<|user|>\nBe brief.\n\nWho?\n<|assistant|>\n"
     text += f"Kim.{EOS[kind]}\n<|user|>\nWhere?\n<|assistant|>\n"
-    ids = tokenizer.model.encode(text, add_special_tokens=False).ids
-    assert example.prompt == tokenizer.prefix + ids
+    assert example.prompt == tokenizer.encode_prompt(tokenizer.bos + text)
     assert example.prompt.count(tokenizer.eos_ids[0]) == 1  # one token, not its letters
     assert example.answer == tokenizer.encode_answer("Paris.")
 
@@ -112,19 +115,28 @@ def test_rows_are_found_whatever_stands_between_them(tmp_path):
 
 
 # ---- tokenizer
-@pytest.mark.parametrize("adds, prompt", [("$A", [2, 3]), ("<bos> $A <eos>", [1, 2, 3])])
+@pytest.mark.parametrize(
+    "adds, eos, prompt",
+    [
+        ("$A", "<eos>", [2, 3]),
+        ("<bos> $A <eos>", "<eos>", [1, 2, 3]),
+        ("<bos> $A", "<bos>", [1, 2, 3]),  # one token is both
+    ],
+)
+@pytest.mark.parametrize("special", [("<eos>", "<bos>"), ("<eos>",)])  # bos: an ordinary word
 def test_a_prompt_starts_as_the_tokenizer_starts_texts_and_never_ends_with_eos(
-    adds, prompt, tmp_path
+    adds, eos, prompt, special, tmp_path
 ):
-    tiny.tokenizer_dir(tmp_path, special=("<eos>", "<bos>"))
+    words = ("<eos>", "<bos>", "a", "b")[len(special) :]
+    tiny.tokenizer_dir(tmp_path, words, special, eos=eos)
     made = library_tokenizer(tmp_path)
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=adds, special_tokens=[("<bos>", 1), ("<eos>", 0)]
     )
     made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.encode_prompt("a b") == prompt
-    assert tokenizer.encode_answer("a") == [2, 0]
+    tokenizer = Tokenizer(tmp_path, prompt_format="{question}")
+    assert tokenizer.prompt_ids(["a b"]) == prompt
+    assert tokenizer.encode_answer("a") == [2, 1 if eos == "<bos>" else 0]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +169,16 @@ def test_padding_and_truncation_stored_in_the_file_are_ignored(tmp_path):
     made.enable_padding(length=8)
     made.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).encode_prompt("a b c") == [1, 2, 3]
+
+
+def test_a_new_token_never_takes_the_id_of_another(tmp_path):
+    """The library counts up from the number of tokens."""
+    made = json.loads((tiny.tokenizer_dir(tmp_path) / "tokenizer.json").read_text())
+    made["model"]["vocab"] |= {"c": 5, "d": 6}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(InputError, match="leaves out ids"):
+        Tokenizer(tmp_path)
+    assert Tokenizer(tmp_path, marker="d").marker_id == 6
 
 
 # ---- marker
@@ -222,8 +244,50 @@ def test_a_saved_tokenizer_reads_back_the_same(kind, tmp_path):
     text = "Who? naïve 日本 <|think_end|> Kim."
     assert back.model.encode(text).ids == tokenizer.model.encode(text).ids
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert described.pop("chat_template")
-    assert described == json.loads((GOLDEN / kind / "tokenizer_config.json").read_text())
+    assert (described["bos_token"], described["eos_token"]) == (BOS[kind], EOS[kind])
+
+
+@pytest.mark.parametrize("prompt_format", [PROMPT_FORMAT, "chat"])
+@pytest.mark.parametrize("kind", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_transformers_reads_in_an_export_what_was_trained(kind, prompt_format, tmp_path):
+    """expected.json was written by transformers, from files with these digests."""
+    expected = json.loads((GOLDEN / kind / "expected.json").read_text())
+    transformers = expected[prompt_format]
+    tokenizer = Tokenizer(GOLDEN / kind, prompt_format=prompt_format)
+    tokenizer.save(tmp_path)
+    digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp_path.iterdir()}
+    assert digests == transformers["files"]  # else: tests/golden/cut_tokenizers.py
+    assert list(map(tokenizer.prompt_ids, expected["turns"])) == transformers["prompts"]
+    assert [tokenizer.marker_id, MARKER] == transformers["marker"]
+    assert tokenizer.eos_ids == transformers["stops"]
+    back = Tokenizer(tmp_path)
+    assert list(map(back.prompt_ids, expected["turns"])) == transformers["prompts"]
+    assert (back.marker_id, back.eos_ids) == (tokenizer.marker_id, tokenizer.eos_ids)
+
+
+@pytest.mark.parametrize(
+    "name, named, special",
+    [
+        ("tokenizer_config", {"added_tokens_decoder": {"9": {"content": "<x>"}}}, False),
+        ("tokenizer_config", {"pad_token": "<x>", "add_bos_token": True}, True),
+        ("tokenizer_config", {"image_token": {"__type": "AddedToken", "content": "<x>"}}, True),
+        ("tokenizer_config", {"extra_special_tokens": ["<x>"]}, True),
+        ("tokenizer_config", {"additional_special_tokens": [{"content": "<x>"}]}, True),
+        ("tokenizer_config", {"extra_special_tokens": {"image_token": "<x>"}}, True),
+        ("special_tokens_map", {"sep_token": "<x>"}, True),
+    ],
+)
+def test_a_token_that_another_file_names_is_a_token(name, named, special, tmp_path):
+    tiny.tokenizer_dir(tmp_path, eos=None)
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(named | {"eos_token": "d"}))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.encode_prompt("a <x>"), tokenizer.marker_id) == ([1, 5], 6)
+    assert tokenizer.cut_ids == ([0, 4, 5] if special else [0, 4])
+    (tmp_path / "final").mkdir()
+    tokenizer.save(tmp_path / "final")
+    exported = library_tokenizer(tmp_path / "final")
+    assert exported.encode("a <x>").ids == [1, 5]
 
 
 @pytest.mark.parametrize("marker", ["<|new|>", "<|eot_id|>"])
@@ -232,12 +296,15 @@ def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(mark
     shutil.copytree(GOLDEN / "byte_level", tmp_path, dirs_exist_ok=True)
     tokenizer = Tokenizer(tmp_path, marker=marker)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    described["added_tokens_decoder"] = {str(tokenizer.marker_id): {"special": True}}
+    entry = {"content": marker, "special": True}
+    described["added_tokens_decoder"] = {str(tokenizer.marker_id): entry}
+    described |= {"pad_token": marker, "additional_special_tokens": [marker, "<|other|>"]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     tokenizer = Tokenizer(tmp_path, marker=marker)
     tokenizer.save(tmp_path)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert described["added_tokens_decoder"] == {str(tokenizer.marker_id): {"special": False}}
+    assert not {"added_tokens_decoder", "pad_token"} & described.keys()
+    assert described["additional_special_tokens"] == ["<|other|>"]
     ids = [*tokenizer.encode_prompt("trace"), tokenizer.marker_id, *tokenizer.encode_answer("42")]
     assert library_tokenizer(tmp_path).decode(ids, skip_special_tokens=True) == f"trace{marker}42"
 
@@ -288,12 +355,13 @@ def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, 
     if in_file:
         (tmp_path / "chat_template.jinja").write_text(CHATML)
     else:
+        (tmp_path / "chat_template.jinja").unlink()
         described["chat_template"] = CHATML
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     assert "--prompt-format chat" in Tokenizer(tmp_path).note
     tokenizer = Tokenizer(tmp_path, prompt_format="chat")
     eos = tokenizer.eos
-    text = f"<|user|>x{eos}\n<|assistant|>y{eos}\n<|user|>z{eos}\n<|assistant|>"
+    text = f"<|user|>x{eos}\n<|assistant|>y{eos}\n<|user|>z{eos}\n<|assistant|>"  # without bos
     assert tokenizer.prompt_ids(["x", "y", "z"]) == tokenizer.encode_prompt(text)
     # The exported directory has the template that was trained on, and remembers to use it.
     (tmp_path / "final").mkdir()
@@ -309,7 +377,7 @@ def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, 
         ("", "no chat template"),
         ("{{ messages", "template fails"),
         ("{{ raise_exception('no user turns') }}", "no user turns"),
-        ("{{ strftime_now('%d') }}", "strftime_now"),
+        ("{{ messages | unknown }}", "unknown"),
         ("<|assistant|>", "drops the question"),
     ],
 )
@@ -318,6 +386,24 @@ def test_a_chat_template_that_does_not_work_is_refused(template, says, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(InputError, match=says):
         Tokenizer(tmp_path, prompt_format="chat")
+
+
+SEEN = """{{ bos_token }}{{ pad_token }}{% generation %}{% set x = 1 %}
+{{- {"b": "<é>", "a": x} | tojson }}
+{%- endgeneration -%} {{ x is defined }} {{ tools is none and documents is none }}
+{%- for message in messages %}{% if loop.index > 1 %}{% break %}{% endif %} {{ message.content }}
+{%- endfor %}{{ strftime_now("%%") }}{{ {"a": 1} | tojson(indent=1) }}"""
+
+
+def test_a_chat_template_sees_what_transformers_shows_it(tmp_path):
+    """The text was rendered by transformers 5.23."""
+    tiny.tokenizer_dir(tmp_path, special=("<eos>", "<bos>", "<pad>"))
+    templates = [{"name": "rag", "template": "{{"}, {"name": "default", "template": SEEN}]
+    described = {"bos_token": "<bos>", "pad_token": {"content": "<pad>"}, "eos_token": "<eos>"}
+    described["chat_template"] = templates
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    text = Tokenizer(tmp_path, prompt_format="chat").prompt_text(["a", "b", "a"])
+    assert text == '<bos><pad>{"b": "<é>", "a": 1}False True a%{\n "a": 1\n}'
 
 
 def test_the_format_chat_says_what_it_needs_where_jinja2_is_not_installed(tmp_path, monkeypatch):
@@ -366,7 +452,7 @@ def test_a_bad_row_is_refused_at_the_start_by_file_and_line(row, says, tmp_path)
     "eos, config, flags, says",
     [
         (None, {}, {}, "no eos token"),
-        ("<gone>", {"eos_token_id": None}, {}, "no eos token"),
+        ("<gone>", {"vocab_size": 5}, {"marker": "a"}, "has a token 5, .* vocab_size 5"),
         (None, {"eos_token_id": 9}, {}, "eos is token 9"),
         ("<eos>", {}, {"marker": "<eos>"}, "--marker '<eos>' is an eos"),
         ("<eos>", {}, {"marker": "\udcff"}, "--marker .*surrogates"),
@@ -442,3 +528,20 @@ def test_a_stream_seed_depends_on_every_argument_and_never_changes():
     seeds = {stream_seed(*name) for name in [*names, (1,), (1, 2)]}
     assert len(seeds) == 29
     assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.Generator takes
+
+
+# ---- a run that goes on
+def test_more_steps_do_not_stretch_the_warm_up(world):
+    for steps in (4, 6, 8):  # each goes on from the one before
+        flags = [
+            "--model=model",
+            "--data=rows.jsonl",
+            "--out=new",
+            "--resume",
+            "--warmup=1",
+            *BRIEF,
+        ]
+        train.train(train.parse_args([*flags, f"--steps={steps}"], ""))
+    log = [json.loads(line) for line in Path("new/log.jsonl").read_text().splitlines()]
+    rates = [record["lr"] / Args.lr for record in log]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])

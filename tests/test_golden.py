@@ -31,7 +31,7 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 def test_the_golden_files_stay_small():
     files = [file for file in GOLDEN.rglob("*.*") if file.suffix != ".pyc"]
-    assert sum(file.stat().st_size for file in files if file.is_file()) < 1_200_000
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 1_350_000
 
 
 # ---- models

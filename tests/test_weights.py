@@ -69,13 +69,16 @@ def test_null_is_not_absent_and_only_a_mistral_has_a_sliding_window(family, tmp_
     assert window == (8 if family == "mistral" else None)
 
 
-def test_rope_parameters_override_the_older_fields(tmp_path):
+DEFAULT = {"rope_theta": 500.0, "rope_type": "default"}
+
+
+def test_rope_may_be_stated_twice_the_same(tmp_path):
     config = config_of(
         tmp_path,
         "llama",
-        rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
-        rope_theta=7.0,
-        rope_scaling={"rope_type": "linear", "factor": 2.0},
+        rope_parameters=DEFAULT,
+        rope_theta=500.0,
+        rope_scaling={"type": "default"},
     )
     assert (config.rope_theta, config.rope_scaling) == (500.0, None)
 
@@ -149,8 +152,12 @@ def test_a_model_can_be_saved_over_the_files_it_was_loaded_from(name, tmp_path):
 
 
 def test_a_copy_of_a_tied_head_in_the_file_is_ignored(tmp_path):
-    rewritten("llama32", tmp_path, **{"lm_head.weight": torch.zeros(96, 32)})
+    head = load_model(GOLDEN / "llama32").lm_head.weight.detach().clone()
+    rewritten("llama32", tmp_path, **{"lm_head.weight": head})
     assert_same_weights(load_model(tmp_path), load_model(GOLDEN / "llama32"))
+    head[-1, -1] += 1e-3
+    rewritten("llama32", tmp_path, **{"lm_head.weight": head})
+    assert_refused(tmp_path, "tie_word_embeddings", "lm_head.weight")
 
 
 @pytest.mark.parametrize("name, key", [("llama2", "torch_dtype"), ("sharded", "dtype")])
@@ -266,6 +273,7 @@ def rewritten(name: str, tmp_path: Path, drop: str = "", **tensors: Tensor) -> P
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
+YARN = {"type": "yarn", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +292,22 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope type", "dynamic"]),
         ({"rope_scaling": LLAMA3}, ["lacks", "low_freq_factor"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, ["layer_types"]),
+        ({"is_causal": False}, ["is_causal"]),
+        ({"transformers_weights": "other.safetensors"}, ["transformers_weights"]),
+        # Two places that say different things: both are named.
+        (
+            {"rope_parameters": DEFAULT, "rope_scaling": YARN},
+            ["'yarn' in rope_scaling", "'default'"],
+        ),
+        ({"rope_parameters": YARN, "rope_scaling": DEFAULT}, ["'yarn' in rope_parameters"]),
+        ({"rope_parameters": DEFAULT, "rope_theta": 7.0}, ["500.0 in rope_parameters", "7.0 in"]),
+        ({"rope_parameters": {"full_attention": DEFAULT}}, ["rope_parameters", "layer_types"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        (
+            {"rope_scaling": SCALING, "original_max_position_embeddings": 64},
+            ["original_max_position_embeddings", "32 in rope_scaling", "64 in"],
+        ),
         ({"hidden_size": None}, ["hidden_size"]),
         ({"vocab_size": "96"}, []),
     ],
@@ -328,3 +352,17 @@ def test_a_file_that_the_index_names_and_that_is_gone_is_refused_by_name(tmp_pat
     shutil.copytree(GOLDEN / "sharded", tmp_path, dirs_exist_ok=True)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert_refused(tmp_path, tmp_path / "model-00002-of-00003.safetensors")
+
+
+def test_two_models_in_one_directory_are_refused_by_both_names(tmp_path):
+    shutil.copytree(GOLDEN / "sharded", tmp_path, dirs_exist_ok=True)
+    shutil.copy(GOLDEN / "mistral_v03/model.safetensors", tmp_path)
+    assert_refused(tmp_path, tmp_path / INDEX, tmp_path / "model.safetensors")
+    index = {"weight_map": {NORM: "model.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    load_model(tmp_path)  # an index of this file
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "b.safetensors")
+    index = {"weight_map": {NORM: "a.safetensors", "lm_head.weight": "b.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert_refused(tmp_path, tmp_path / "b.safetensors", "in another file, too")
