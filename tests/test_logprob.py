@@ -6,19 +6,14 @@ small inputs cross the borders of chunks and tiles. The interpreter does not rou
 effect of that rounding is tested on a GPU only (the last section).
 """
 
-import gc
 import math
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
@@ -120,8 +115,6 @@ def memory_filled_with_nan():
 
 
 # ---- values and gradients
-
-
 @both_backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -153,11 +146,10 @@ def test_neither_the_entropy_nor_no_grad_changes_a_bit_of_logp_and_the_entropy_h
 
 
 @both_backends
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_around_minus_200_lose_no_precision(backend, dtype):
+def test_logits_around_minus_200_lose_no_precision(backend):
     """The inputs are on a coarse grid, so their fp32 products are exact: only the arithmetic of the
     softmax can differ from float64."""
-    hidden, weight, target, g = problem(backend, dtype)
+    hidden, weight, target, g = problem(backend)
     with torch.no_grad():
         hidden.mul_(16).round_().div_(16)
         weight.mul_(64).round_().div_(16)
@@ -169,8 +161,8 @@ def test_logits_around_minus_200_lose_no_precision(backend, dtype):
     close(logp, exact, 1e-5)
     close(entropy, exact_entropy, 1e-5)
     # the last column of d hidden is -12.5 times the sum of dz, which is exactly 0
-    near(hidden.grad[:, :-1], d_hidden[:, :-1], GRADIENT_ERROR[dtype])
-    near(weight.grad, d_weight, GRADIENT_ERROR[dtype])
+    near(hidden.grad[:, :-1], d_hidden[:, :-1], 1e-6)
+    near(weight.grad, d_weight, 1e-6)
 
 
 @both_backends
@@ -207,8 +199,6 @@ def test_a_nan_shows_in_its_row_and_in_no_other(backend):
 
 
 # ---- rows that are not computed
-
-
 @both_backends
 def test_ignored_rows_give_exact_zeros_whatever_they_contain(backend):
     hidden, weight, target, g = problem(backend)
@@ -244,52 +234,19 @@ def test_without_a_target_everything_is_zero(backend, n):
 def test_rows_whose_upstream_gradient_is_zero_are_not_computed(backend, monkeypatch):
     hidden, weight, target, g = problem(backend)
     g[: N // 2] = 0
+    rows = []
     work = logprob._chunk_work(backend)
     dz_chunk = work.dz_chunk
-    rows = []
-
-    def recorded(x, *arguments):
-        rows.append(len(x))
-        return dz_chunk(x, *arguments)
-
-    monkeypatch.setattr(work, "dz_chunk", recorded)
+    monkeypatch.setattr(
+        work, "dz_chunk", lambda x, *rest: rows.append(len(x)) or dz_chunk(x, *rest)
+    )
     linear_logprob(hidden, weight, target, backend=backend).backward(g)
     live = int(((g != 0) & (target != IGNORE)).sum())
-    assert live < N // 2
-    assert rows == [live] * 3  # three chunks of 256 columns
+    assert live < N // 2 and rows == [live] * 3  # three chunks of 256 columns
     assert (hidden.grad[: N // 2] == 0).all()
-    near(hidden.grad, reference(hidden, weight, target, g)[2], 1e-6)
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
-        return func(*args, **(kwargs or {}))
-
-
-@both_backends
-@pytest.mark.parametrize("wanted", [0, 1], ids=["hidden", "weight"])
-def test_only_the_gradient_that_is_wanted_is_computed(backend, wanted):
-    hidden, weight, target, g = problem(backend)
-    exact = reference(hidden, weight, target, g)[2 + wanted]
-    inputs = [hidden, weight]
-    inputs[1 - wanted].requires_grad_(False)
-    logp = linear_logprob(*inputs, target, backend=backend)
-    with Products() as products:
-        logp.backward(g)
-    per_chunk = 2 if backend == "torch" else 1  # the logits, in a fused kernel or not, and one more
-    assert products.count == 3 * per_chunk
-    near(inputs[wanted].grad, exact, 1e-6)
-    assert inputs[1 - wanted].grad is None
 
 
 # ---- shapes, memory, bits
-
-
 @both_backends
 @pytest.mark.parametrize(
     "shape", [(1, 80, 600), (1, 1, 1), (3, 64, 256), (65, 7, 257), (5, 130, 2)], ids=str
@@ -303,58 +260,27 @@ def test_any_shape_matches_float64(backend, shape):
         close(value, exact, 1e-5)
 
 
-class Memory(TorchDispatchMode):
-    """Bytes of the float tensors that operations return: the largest one, and the peak of all that
-    are alive at the same time. (Triton's interpreter also copies tensors, as bytes: not counted.)
-    """
+class Largest(TorchDispatchMode):
+    """Bytes of the largest float tensor that an operation returns."""
 
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-        self.peak = 0
-        self.storages = {}  # address of the storage -> (weak reference, bytes)
+    nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (list, tuple)) else [out]:
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                storage = tensor.untyped_storage()
-                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-                self.largest = max(self.largest, tensor.nbytes)
-        self.peak = max(self.peak, self.alive())
+                self.nbytes = max(self.nbytes, tensor.nbytes)
         return out
-
-    def alive(self) -> int:
-        return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
 @both_backends
-def test_no_tensor_holds_all_logits_and_after_the_call_only_its_results_are_in_memory(backend):
-    """Triton keeps the allocator of the last launch and all that it refers to. The rows of hidden,
-    copied without those that are ignored, must not be among it."""
-    n, h, v = 130, 16, 1500
-    hidden, weight, target, g = problem(backend, n=n, h=h, v=v)
-    with Memory() as memory:
+def test_no_tensor_holds_all_logits(backend):
+    n, v = 130, 1500
+    hidden, weight, target, g = problem(backend, n=n, h=16, v=v)
+    with Largest() as largest:
         logp, _ = linear_logprob(hidden, weight, target, entropy=True, backend=backend)
         logp.backward(g)
-        del logp, _
-    assert weight.nbytes <= memory.largest <= 4 * n * v // 2
-    gc.collect()  # of the interpreter's cycles
-    gradients = hidden.grad.nbytes + weight.grad.nbytes
-    assert memory.alive() == gradients + weight.nbytes  # its chunks are views
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_backward_pass_holds_one_chunk_of_dz_at_a_time(temperature):
-    """On the CPU alone: the interpreter makes copies of its own. Both backends share this loop."""
-    n, h, v = 128, 2, 4 * CHUNK
-    hidden, weight, target, g = problem("torch", n=n, h=h, v=v)
-    logp = linear_logprob(hidden, weight, target, temperature, backend="torch")
-    with Memory() as memory:
-        logp.backward(g)
-    chunk = 4 * n * CHUNK
-    gradients = weight.nbytes + hidden.nbytes
-    assert 1 <= (memory.peak - gradients) / chunk < 1.2  # 0.2: inputs [n, h], [v, h], vectors [n]
+    assert weight.nbytes <= largest.nbytes <= 4 * n * v // 2
 
 
 @both_backends
@@ -393,19 +319,15 @@ def test_the_layout_of_the_inputs_does_not_matter(backend, target_dtype):
     near(w.grad, weight.grad.double(), 1e-6)
 
 
-# ---- bad arguments, imports
-
-
+# ---- bad arguments
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(hidden=torch.zeros(N, H + 1)), "do not fit"),
-        (dict(hidden=torch.zeros(2, N, H)), "do not fit"),
         (dict(target=torch.zeros(N + 1, dtype=torch.long)), "do not fit"),
         (dict(target=torch.full((N,), V)), "outside"),
         (dict(target=torch.full((N,), -1)), "outside"),
         (dict(weight=torch.zeros(V, H, dtype=torch.bfloat16)), "not one dtype"),
-        (dict(temperature=0.0), "temperature"),
         (dict(temperature=math.nan), "temperature"),
     ],
     ids=str,
@@ -417,23 +339,9 @@ def test_arguments_that_would_give_wrong_numbers_are_refused(change, message):
         linear_logprob(**arguments)
 
 
-def test_on_a_cpu_triton_need_not_be_installed():
-    program = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch; from kernels.logprob import linear_logprob\n"
-        "print(linear_logprob(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 4])).tolist())"
-    )
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
-    assert run.returncode == 0, run.stderr
-    assert [round(value, 5) for value in eval(run.stdout)] == [-1.60944, -1.60944]  # log 1/5
-
-
 # ---- Triton only
-
-
 @pytest.mark.skipif(CUDA, reason="changes the configuration of the interpreter")
-@pytest.mark.parametrize("change", [dict(tma=True), dict(group=1), dict(group=3)], ids=str)
+@pytest.mark.parametrize("change", [dict(tma=True), dict(group=3)], ids=str)
 def test_how_tiles_are_loaded_and_in_which_order_does_not_change_a_bit(monkeypatch, change):
     from kernels import logprob_triton
 
@@ -453,9 +361,7 @@ def test_how_tiles_are_loaded_and_in_which_order_does_not_change_a_bit(monkeypat
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device: bf16 rounding, tensor cores")
 @pytest.mark.parametrize(
-    "shape",
-    [(256, 2048, 32000), (700, 4096, 128256), (937, 1024, 152064), (300, 1001, 50257)],
-    ids=str,
+    "shape", [(700, 4096, 128256), (937, 1024, 152064), (300, 1001, 50257)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gpu_real_sizes_match_float64(shape, dtype):

@@ -4,30 +4,23 @@ Every configuration of kernels/logprob_triton.py is compiled for its architectur
 that need the most registers (entropy, ragged V). The compiled code must fit the shared memory,
 spill no register, and contain the instructions that make it fast. Two Tritons compile it: the
 installed one, and the oldest one supported, 3.6.0, from .triton-3.6.0/ (filled by `make test`).
-Each runs in its own process, without TRITON_INTERPRET. `make check` compiles the kernels for every
-dtype and all flags, and the configurations that `bench/logprob.py --variants` compares. By hand:
+Each runs in its own process, without TRITON_INTERPRET. By hand, one JSON line per kernel:
 
-    python tests/test_logprob_compile.py                       # one JSON line per compiled kernel
-    PYTHONPATH=.triton-3.6.0 python tests/test_logprob_compile.py
-    python tests/test_logprob_compile.py all                   # those of `make check`
+    python tests/test_logprob_compile.py
 """
 
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from bench.logprob import VARIANTS  # noqa: E402
-
+sys.path.insert(0, str(ROOT))  # of the process that compiles
 OLDEST = ROOT / ".triton-3.6.0"
 
 # Bytes of shared memory a program may use, by compute capability. A launch checks it, a
@@ -35,51 +28,26 @@ OLDEST = ROOT / ".triton-3.6.0"
 # one of them has (sm_86, sm_89, sm_120).
 SHARED_LIMIT = {80: 101376, 90: 232448}
 
-# (compute capability, dtype): all configurations that `pick_config` can choose, and the variants.
-CHOICES = {
-    (80, "bf16"): ["OTHER"],
-    (80, "fp16"): ["OTHER"],
-    (80, "fp32"): ["FP32"],
-    (90, "bf16"): ["HOPPER", "HOPPER_FEW_ROWS", *VARIANTS],
-    (90, "fp16"): ["HOPPER", "HOPPER_FEW_ROWS"],
-    (90, "fp32"): ["FP32"],
-}
-
-
-def cases(everything: bool) -> dict[str, tuple]:
-    """Name -> (configuration, compute capability, dtype, kernel, flags); without `everything` each
-    configuration once, with the hardest flags."""
-    found = {}
-    seen = {*VARIANTS}
-    for (capability, dtype), configs in CHOICES.items():
-        for config in configs:
-            if config in seen and not everything:
-                continue
-            seen.add(config)
-            name = f"{config}-sm_{capability}-{dtype}"
-            found[f"{name}-dz"] = (config, capability, dtype, "_dz_kernel", {})
-            for entropy, even in itertools.product((True, False), repeat=2):
-                if everything or (entropy and not even):
-                    flags = dict(ENTROPY=entropy, EVEN_V=even)
-                    case = (config, capability, dtype, "_partials_kernel", flags)
-                    found[f"{name}-partials{entropy * '-entropy'}{even * '-even'}"] = case
-    return found
+# Configuration, compute capability, dtype: each that `pick_config` can choose.
+CASES = [
+    ("OTHER", 80, "bf16"),
+    ("FP32", 80, "fp32"),
+    ("HOPPER", 90, "bf16"),
+    ("HOPPER_FEW_ROWS", 90, "bf16"),
+]
+FLAGS = {"_dz_kernel": {}, "_partials_kernel": dict(ENTROPY=True, EVEN_V=False)}
 
 
 # ---- the process that compiles
-
-
-def compile_all(everything: bool) -> None:
+def compile_all() -> None:
     from kernels import logprob_triton
 
-    for name, (config_name, capability, dtype, kernel_name, flags) in cases(everything).items():
-        if config_name in VARIANTS:
-            config = replace(logprob_triton.HOPPER, **VARIANTS[config_name])
-        else:
-            config = getattr(logprob_triton, config_name)
-        kernel = getattr(logprob_triton, kernel_name)
-        compiled = compile_kernel(kernel, config, capability, dtype, flags)
-        print(json.dumps(dict(name=name) | describe(compiled)), flush=True)
+    for name, capability, dtype in CASES:
+        for kernel, flags in FLAGS.items():
+            config = getattr(logprob_triton, name)
+            function = getattr(logprob_triton, kernel)
+            compiled = compile_kernel(function, config, capability, dtype, flags)
+            print(json.dumps(dict(case=[name, kernel]) | describe(compiled)), flush=True)
 
 
 def compile_kernel(kernel, config, capability: int, dtype: str, flags: dict):
@@ -99,8 +67,6 @@ def compile_kernel(kernel, config, capability: int, dtype: str, flags: dict):
         UPCAST=False,
         **flags,
     )
-    if flags.get("ENTROPY") is False:
-        constants["t_ptr"] = None  # as `partials` passes it
     types = dict(x_ptr="*" + dtype, w_ptr="*" + dtype, dz_ptr="*" + dtype, y_ptr="*i64")
     types |= dict(n="i32", vocab="i32", hidden_size="i32", scale="fp32")
     signature = {}
@@ -130,8 +96,8 @@ def describe(compiled) -> dict:
         usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
         code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    row = dict(triton=triton.__version__, warps=compiled.metadata.num_warps)
-    row |= dict(shared=compiled.metadata.shared, registers=int(registers), stack=int(stack))
+    row = dict(triton=triton.__version__, shared=compiled.metadata.shared)
+    row |= dict(registers=int(registers), stack=int(stack))
     row["wide_stores"] = len(re.findall(r"\bSTG\.E\.128\b", code))
     for instruction in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "ATOM", "RED"):
         row[instruction] = len(re.findall(rf"\b{instruction}\b", code))
@@ -139,8 +105,6 @@ def describe(compiled) -> dict:
 
 
 # ---- the tests
-
-
 @pytest.fixture(params=["installed", "3.6.0"])
 def version(request) -> str:
     if request.param == "3.6.0" and not OLDEST.is_dir():
@@ -152,26 +116,22 @@ def version(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("which", ["", pytest.param("all", marks=pytest.mark.slow)])
-def test_every_kernel_fits_spills_nothing_and_uses_the_fast_instructions(version, which):
+def test_every_kernel_fits_spills_nothing_and_uses_the_fast_instructions(version):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if version != "installed":  # PYTHONPATH: of `make test-2.11`
         env["PYTHONPATH"] = os.pathsep.join([str(OLDEST), env.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, which]
-    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
-    rows = {row["name"]: row for row in map(json.loads, run.stdout.splitlines())}
+    run = subprocess.run([sys.executable, __file__], env=env, stdout=subprocess.PIPE, text=True)
+    rows = {tuple(row["case"]): row for row in map(json.loads, run.stdout.splitlines())}
     assert run.returncode == 0, f"failed to compile after {list(rows)[-1:]}"
-    expected = cases(which == "all")
-    assert set(rows) == set(expected)
-    if version != "installed":
-        assert all(row["triton"] == version for row in rows.values())
-    broken = {name: found for name, row in rows.items() if (found := faults(row, expected[name]))}
-    assert broken == {}
+    for name, capability, dtype in CASES:
+        for kernel in FLAGS:
+            row = rows[name, kernel]
+            assert version in ("installed", row["triton"])
+            assert faults(row, capability, dtype, kernel) == [], (name, kernel)
 
 
-def faults(row: dict, case: tuple) -> list[str]:
+def faults(row: dict, capability: int, dtype: str, kernel: str) -> list[str]:
     """What a compiled kernel should be and is not."""
-    config, capability, dtype, kernel, _ = case
     tensor_cores = dtype != "fp32"  # a tensor-core product of fp32 would be TF32
     hopper = tensor_cores and capability == 90
     ampere = tensor_cores and capability == 80
@@ -180,30 +140,21 @@ def faults(row: dict, case: tuple) -> list[str]:
         "has no atomics, whose order could change": row["ATOM"] == row["RED"] == 0,
         "multiplies by WGMMA on Hopper alone": (row["HGMMA"] > 0) == hopper,
         "multiplies by MMA elsewhere": (row["HMMA"] > 0) == ampere,
+        "loads by TMA alone on Hopper": not hopper or row["UTMALDG"] > 0 == row["LDGSTS"],
+        "loads asynchronously elsewhere": not ampere or row["LDGSTS"] > 0,
+        "stores dz 16 bytes at a time": kernel != "_dz_kernel" or row["wide_stores"] > 0,
+        "spills no register": row["stack"] == row["LDL"] == row["STL"] == 0,
     }
-    if hopper:
-        rules["loads by TMA alone"] = row["UTMALDG"] > 0 and row["LDGSTS"] == 0
-    if ampere:
-        rules["loads asynchronously"] = row["LDGSTS"] > 0
-    if kernel == "_dz_kernel":
-        rules["stores dz 16 bytes at a time"] = row["wide_stores"] > 0
-    if config not in VARIANTS:  # some spill a few registers; their time shows the cost
-        rules["spills no register"] = row["stack"] == row["LDL"] == row["STL"] == 0
-    if config == "specialize":
-        rules["has four more warps that load"] = row["warps"] == 12
     return [rule for rule, holds in rules.items() if not holds]
 
 
 def test_every_configuration_of_the_table_is_compiled():
     from kernels import logprob_triton
 
-    table = {
-        name
-        for name, value in vars(logprob_triton).items()
-        if isinstance(value, logprob_triton.Config)
-    }
-    assert table - {"INTERPRETER"} == set().union(*CHOICES.values()) - set(VARIANTS)
+    configs = vars(logprob_triton).items()
+    table = {name for name, value in configs if isinstance(value, logprob_triton.Config)}
+    assert table - {"INTERPRETER"} == {name for name, _, _ in CASES}
 
 
 if __name__ == "__main__":
-    compile_all("all" in sys.argv[1:])
+    compile_all()

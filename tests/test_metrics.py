@@ -44,12 +44,9 @@ def test_a_sign_is_named_in_the_third_bad_line_in_a_row_and_never_again(name, fi
     bad = HEALTHY | BAD[name]
     assert warned([{}, HEALTHY, *[bad] * 6, HEALTHY, *[bad] * 6]) == [0] * 4 + [1] + [0] * 10
     assert not any(warned([{}, *[HEALTHY, bad, bad] * 4]))
-    history = [
-        {"step": step} | figures for step, figures in enumerate([HEALTHY, HEALTHY, bad, bad])
-    ]
+    history = [{"step": 1} | HEALTHY, {"step": 2} | bad, {"step": 3} | bad]
     (text,) = signs_of_collapse(history, {"step": 4} | bad)
-    value = f"{bad[figure]:+.3g} at step 4"
-    assert text.startswith(f"{name}: {figure} {value}; try ")
+    assert text.startswith(f"{name}: {figure} {bad[figure]:+.3g} at step 4; try ")
 
 
 def test_a_healthy_run_and_plain_sft_get_no_warning_and_lines_without_evaluation_are_passed_over():

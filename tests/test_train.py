@@ -1,7 +1,6 @@
 """The algorithm: what train_question adds to .grad is, on average, the gradient of J; it does not
 depend on how the work is cut; and whole runs on the embedded task."""
 
-import inspect
 import itertools
 import json
 import math
@@ -17,7 +16,6 @@ import tiny
 import torch
 from torch import Tensor
 
-import sample as sample_module
 import train as train_module
 from aggregate import AGGREGATORS, advantages, aggregate, declares, joint_bound, sees_text
 from data import Example, Trace
@@ -26,10 +24,10 @@ from reward import score
 from sample import sample_groups, sample_traces
 from support import distributed
 from support.args import Args, hops_defaults, parse_args
-from support.errors import InputError, python
+from support.errors import InputError
 from support.metrics import question_figures, step_figures
 from support.tokenizer import Tokenizer
-from support.weights import load_model, load_with_marker, save_model
+from support.weights import load_model, load_with_marker
 from train import LENGTH_SCALE, train, train_question, update
 
 ROOT = Path(__file__).parents[1]
@@ -164,10 +162,9 @@ def test_the_estimator_summed_over_all_traces_is_the_gradient_of_J(name, changes
     assert_close(expected_gradient(model, traces, args), exact)
 
 
-@pytest.mark.parametrize("k, limit", [(2, 1), (3, 1)])
-def test_jlb_multi_summed_over_all_groups_is_the_gradient_of_its_bound(k, limit):
+def test_jlb_multi_summed_over_all_groups_is_the_gradient_of_its_bound():
     """Centring is left on: a reward that is relative to its group is not centred again."""
-    model, traces = tiny_model(), every_trace(limit)
+    model, traces, k = tiny_model(), every_trace(1), 3
     exact = gradient_of(joint_bound, model, traces, k)
     args = estimator_args("jlb_multi", traces=k, center="mean")
     # The loss is a mean over traces; the gradient of the bound is a sum over them.
@@ -188,7 +185,7 @@ def test_exact_match_over_all_traces_and_outcomes_is_the_gradient_of_its_probabi
     assert_close(-LENGTH_SCALE * total, exact)
 
 
-@pytest.mark.parametrize("k, center, share", [(1, "none", 1.0), (2, "none", 1.0), (2, "mean", 0.5)])
+@pytest.mark.parametrize("k, center, share", [(1, "none", 1.0), (2, "mean", 0.5)])
 def test_without_answer_weight_it_is_the_gradient_of_J_through_the_traces_alone(k, center, share):
     """The mean of two rewards holds half of the trace's own: it leaves (K - 1) / K."""
     model, traces = tiny_model(), every_trace(3 - k)
@@ -246,7 +243,10 @@ def formula(model: Transformer, traces: list[Trace], args: Args) -> Tensor:
     ids=str,
 )
 def test_loss_and_gradient_are_the_docstrings_formula_in_any_micro_batches(changes, micro):
-    """The sums are divided by one constant, and the logged loss is that of all traces."""
+    """A sampled marker gets the advantage, a forced one only its cross-entropy.
+
+    The sums are divided by one constant, and the logged loss is that of all traces.
+    """
     model, args = tiny_model(), Args(**{"questions": 1, "traces": 8} | changes)
     # Another policy's traces: ratios differ from 1, and some leave the range.
     traces = sampled_group(tiny_model(7))
@@ -257,54 +257,6 @@ def test_loss_and_gradient_are_the_docstrings_formula_in_any_micro_batches(chang
     outcome = train_question(model, TOKENIZER, EXAMPLE, traces, replace(args, micro_traces=micro))
     assert_close(gradient(model), exact)
     assert_close(outcome.losses, expected)
-
-
-def test_the_gradient_does_not_depend_on_the_order_of_the_traces():
-    model, args = tiny_model(), Args(questions=1, traces=8)
-    traces = sampled_group(model)
-    straight = question_gradient(model, traces, args)
-    assert_close(question_gradient(model, traces[::-1], args), straight)
-
-
-def test_the_gradient_does_not_depend_on_padding(monkeypatch):
-    """A far longer trace without reward pads every row and changes nothing else."""
-    coefficients = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    given = lambda logp, null_logp: coefficients[: len(logp)] * logp.sum(dim=1)  # noqa: E731
-    monkeypatch.setitem(AGGREGATORS, "given", given)
-    model, args = tiny_model(), estimator_args("given", traces=2)
-    traces, long = sampled_group(model, 2), Trace([0] * 40, [0.0] * 40, finished=False)
-    short = question_gradient(model, traces, args)
-    assert_close(question_gradient(model, [*traces, long], args), short)
-
-
-def test_the_gradient_of_a_batch_is_the_sum_of_its_questions_in_any_shares():
-    """Whoever trains on a question, its share of the batch is 1 / B: ranks only have to add up."""
-    model, args = tiny_model(), Args(questions=2, traces=4)
-    other = replace(EXAMPLE, prompt=[1, 2], answer=[2, 2, 0, EOS])
-    questions = [(EXAMPLE, sampled_group(model, 4, 1)), (other, sampled_group(model, 4, 2))]
-    alone = []
-    for example, traces in questions:
-        train_question(model, TOKENIZER, example, traces, replace(args, questions=1))
-        alone.append(gradient(model))
-    for example, traces in questions:
-        train_question(model, TOKENIZER, example, traces, args)
-    assert_close(gradient(model), sum(alone) / 2)
-
-
-def test_a_sampled_marker_gets_the_advantage_and_a_forced_one_only_its_cross_entropy(monkeypatch):
-    monkeypatch.setitem(AGGREGATORS, "one", lambda logp, null_logp: torch.ones_like(logp[:, 0]))
-    model, args = tiny_model(), estimator_args("one", marker_weight=0.3)
-    for trace, sampled in (
-        (Trace([MARKER], [], finished=True), [MARKER]),
-        (Trace([1], [], finished=False), [1]),
-        (Trace([], [], finished=False, cut_id=EOS), [EOS]),
-    ):
-        loss = -plain_logp(model, PROMPT, sampled).sum()
-        if not trace.finished:
-            loss = loss - 0.3 * plain_logp(model, [*PROMPT, *trace.ids], [MARKER]).sum()
-        (loss / LENGTH_SCALE).backward()
-        expected = gradient(model)
-        assert_close(question_gradient(model, [trace], args), expected)
 
 
 def test_sft_is_the_cross_entropy_of_answer_and_marker_without_a_trace():
@@ -373,10 +325,9 @@ def test_nothing_handed_to_a_question_is_changed_by_it():
     assert repr((EXAMPLE, traces, args)) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_every_aggregator_trains_in_fp32_and_bf16(name, dtype):
-    model, args = tiny_model(dtype=dtype), Args(questions=1, traces=8, aggregator=name)
+def test_every_aggregator_trains_in_bf16_with_an_fp32_loss(name):
+    model, args = tiny_model(dtype=torch.bfloat16), Args(questions=1, traces=8, aggregator=name)
     outcome = train_question(model, TOKENIZER, EXAMPLE, sampled_group(model), args)
     assert outcome.losses.dtype == torch.float32 and outcome.losses.isfinite().all()
     flat = gradient(model)
@@ -486,17 +437,8 @@ def test_a_figure_of_ones_own_is_logged_as_its_mean_over_the_questions():
 
 
 # ---- whole runs
-BRIEF = dict(
-    steps=3,
-    questions=4,
-    traces=4,
-    max_trace=12,
-    eval_questions=4,
-    eval_every=2,
-    save_every=1,
-    warmup=1.0,
-    device="cpu",
-)
+BRIEF = dict(steps=3, questions=4, traces=4, max_trace=12, save_every=1, warmup=1.0)
+BRIEF |= dict(eval_questions=4, eval_every=2, device="cpu")
 WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
 # The stable names: dashboards and scripts rely on them.
 KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think
@@ -539,7 +481,7 @@ def test_a_run_logs_every_stable_name_and_evaluates_before_during_and_after(plai
         assert set(KEYS) <= set(line)
         assert line["lr"] == pytest.approx(Args.lr * line["step"] / 3)  # --warmup 1.0
         # What was scored is, token for token, what was sampled.
-        assert line["sampler_gap"] < 1e-4
+        assert line["sampler_gap"] < 1e-4 and 1 < line["trace_len_max"] <= 12
         assert line["gain"] == pytest.approx(line["gold_logp_think"] - line["gold_logp_null"])
         terms = line["trace_loss"] + line["answer_loss"] + line["marker_loss"]
         assert line["loss"] == pytest.approx(terms)
@@ -605,22 +547,9 @@ def test_every_mode_trains(changes, tmp_path):
     assert all(value is not None for line in lines for value in line.values())
     before, after = weights(Args.model), weights(tmp_path / "run/final")
     assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert "dtype" in changes or all(line["sampler_gap"] < 1e-4 for line in lines)
     if "updates" in changes:  # the second update's policy is no longer the sampler's
-        assert all(line["sampler_gap"] < 1e-4 < line["ratio_max"] - 1 for line in lines)
-
-
-def test_a_qwen_trains_and_is_exported_as_one(tmp_path):
-    vocab = Tokenizer(Args.model).model.get_vocab_size()
-    base = tiny_model(dtype=torch.float32, qk_norm=True, vocab_size=vocab)
-    save_model(base, tmp_path / "base")
-    for name in ("tokenizer.json", "tokenizer_config.json", "nrt.json"):
-        shutil.copy(Path(Args.model) / name, tmp_path / "base")
-    model = str(tmp_path / "base")
-    lines = run(tmp_path / "run", model=model, steps=1, questions=2, eval_data="")
-    assert lines[-1]["grad_norm"] > 0 and lines[-1]["sampler_gap"] < 1e-4
-    config = json.loads((tmp_path / "run/final/config.json").read_text())
-    assert config["model_type"] == "qwen3"
-    assert weights(tmp_path / "run/final").keys() == dict(base.named_parameters()).keys()
+        assert all(line["ratio_max"] - 1 > 1e-4 for line in lines)
 
 
 @pytest.mark.parametrize("marker", ["<|new|>", "<|reserved_special_token_0|>", "<|eot_id|>"])
@@ -643,32 +572,11 @@ def test_a_marker_never_trained_starts_as_a_copy_of_eos_and_one_the_model_knows_
 
 
 # ---- flags
-def test_the_flags_of_sampling_reach_the_sampler(monkeypatch):
-    seen = {}
-    signature = inspect.signature(sample_traces)
-
-    def recorded(*given, **named):
-        seen.update(signature.bind(*given, **named).arguments)
-
-    monkeypatch.setattr(sample_module, "sample_traces", recorded)
-    args = Args(traces=3, max_trace=7, temperature=0.9, decode_rows=5)
-    tokenizer = Tokenizer(args.model)
-    sample_groups(tiny_model(), tokenizer, [EXAMPLE], 1, args)
-    stops = {"stop_ids": [tokenizer.marker_id], "cut_ids": tokenizer.cut_ids}
-    flags = {"k": 3, "max_new_tokens": 7, "temperature": 0.9, "rows": 5}
-    assert (flags | stops).items() <= seen.items()
-
-
 def test_every_flag_is_used():
     """A flag that does nothing is a lie."""
     files = ["train.py", "aggregate.py", "sample.py", "evaluate.py", "support/run.py"]
     source = "".join((ROOT / file).read_text() for file in files)
     assert not [f.name for f in fields(Args) if f"args.{f.name}" not in source]
-
-
-def test_a_printed_command_names_the_interpreter_inside_the_project_by_its_path_there():
-    assert python(str(ROOT / ".venv/bin/python")) == ".venv/bin/python"
-    assert python("/usr/bin/python3") == "python"
 
 
 def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
@@ -677,7 +585,7 @@ def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
     shown = capsys.readouterr().out
     sections = ["model and data:", "method:", "optimisation:", "memory and device:", "run:"]
     assert [line for line in shown.splitlines() if line in sections] == sections
-    assert shown.count(f"\n    {python()} train.py") == 3 and "torchrun" in shown
+    assert "train.py --traces 0" in shown and "torchrun" in shown
 
 
 def test_args_made_in_python_are_those_of_the_command_line():
