@@ -72,7 +72,7 @@ SECTIONS: list[Section] = [
     ("hops", 45, 3, "train.py --device {device} {few} --steps {steps} --out {work}/hops"),
     ("device tests", 200, 4, "{pytest} tests/test_device.py"),
 ]
-HEAD_ONCE = "--memory-of ours total 8 64 512"  # a CPU takes a process for each figure of memory
+HEAD_ON_CPU = "--shape 8 64 512 --rounds 1"
 # The words in a command: on a GPU, in a dry run.
 WORDS = {
     "device": ("cuda", "cpu"),
@@ -87,9 +87,9 @@ WORDS = {
         "--rows 64 256 --new 256 --rounds 2",
         "--rows 1 2 --new 4 --rounds 1 --dtype float32",
     ),
-    "head": ("--shape 16384 4096 128256 --rounds 5", "--shape 8 64 512 --rounds 1"),
-    "head_1b": ("--shape 16384 2048 128256 --rounds 5", HEAD_ONCE),
-    "variants": ("--variants --shape 16384 4096 128256 --rounds 5", HEAD_ONCE),
+    "head": ("--shape 16384 4096 128256 --rounds 5", HEAD_ON_CPU),
+    "head_1b": ("--shape 16384 2048 128256 --rounds 5", HEAD_ON_CPU),
+    "variants": ("--variants --shape 16384 4096 128256 --rounds 5", HEAD_ON_CPU),
     "step": (
         "--prompt 512 --new 128 --rounds 2",
         "--questions 1 --traces 2 --prompt 8 --new 4 --answer 4 --rounds 1",

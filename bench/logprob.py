@@ -3,17 +3,18 @@
     python bench/logprob.py                                     # all shapes for this machine
     python bench/logprob.py --shape 1024 4096 128256            # N H V; may be repeated
     python bench/logprob.py --shape 16384 4096 128256 --variants    # a Hopper GPU: configurations
-    --json: one JSON object as the last line; --save: bench/results/logprob-<device>-<date>.json
+    --json: one JSON object as the last line; --save: bench/results/logprob-<device>-<date>-...json
 
-The mode of a row is fwd (log-probs without gradients) or total (log-probs and gradients). Peak
-memory is counted beyond the inputs and the gradients; on a CPU each contender gets a fresh process
-for it, because a process only knows the peak of its whole life. The error is the largest one of a
-log-prob against float64. Then the contenders take turns, and the median of their times counts.
-Inputs are random, because a GPU multiplies zeros faster.
+    mode          fwd: log-probs without gradients; total: log-probs and gradients
+    ms            median; the contenders take turns
+    tflops        2 N H V for fwd; for total 8 N H V, or 6 N H V if the logits are not recomputed;
+                  rows with upstream gradient 0 (their share is `zero`) are counted too
+    of_mm         share of the TFLOP/s that the three matrix products alone reach
+    peak_mb       on a GPU, beyond the inputs and the gradients
+    logp_error    largest error of a log-prob against float64
 
-TFLOP/s count 2 N H V for fwd. For total they count 8 N H V, or 6 N H V if the logits are not
-recomputed. Rows with upstream gradient 0 are counted too. "% mm" is the share of the TFLOP/s that
-the three matrix products alone reach. A contender that fails has the reason in its row.
+Inputs are random, because a GPU multiplies zeros faster. A contender that fails has the reason in
+its row.
 """
 
 import argparse
@@ -21,10 +22,7 @@ import functools
 import gc
 import importlib
 import importlib.util
-import json
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.machine import circumstances, headline, save  # noqa: E402
+from bench.machine import circumstances, conclude, table  # noqa: E402
 from kernels.logprob import linear_logprob  # noqa: E402
 from support.errors import OneLineParser, exit_on_bad_input, require  # noqa: E402
 
@@ -163,33 +161,18 @@ def seconds(f: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def peak_mb(shape: Shape, name: str, f: Callable, mode: str) -> float:
-    """Peak MB beyond the inputs and, for total, the gradients."""
+def peak_mb(shape: Shape, f: Callable, mode: str) -> float | None:
+    """Peak MB of a GPU beyond the inputs and, for total, the gradients. None on a CPU."""
     if not CUDA:
-        command = [sys.executable, __file__, "--memory-of", name, mode, *map(str, shape)]
-        return float(subprocess.check_output(command, text=True).split()[-1])
-    return measure_peak_mb(shape, f, mode)
-
-
-def measure_peak_mb(shape: Shape, f: Callable, mode: str) -> float:
-    # On a GPU compiled code and library workspaces depend on the shape. On a CPU this first run
-    # would set the peak, so it is a small one.
-    Problem(shape if CUDA else (8, 64, 512)).run(f, mode)
+        return None
+    Problem(shape).run(f, mode)  # compiles, and makes the workspaces of libraries
     gc.collect()
     problem = Problem(shape)
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
     problem.run(f, mode)
     gradients = problem.hidden.nbytes + problem.weight.nbytes if mode == "total" else 0
-    return (peak_bytes() - before - gradients) / 1e6
-
-
-def peak_bytes() -> int:
-    if CUDA:
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (torch.cuda.max_memory_allocated() - before - gradients) / 1e6
 
 
 def attempt(row: dict, f: Callable, *arguments) -> object:
@@ -216,7 +199,7 @@ def measure(functions: dict[str, Callable], shape: Shape, zero: float, rounds: i
     for name, f in functions.items():
         for mode in ("fwd", "total"):
             row = dict(name=name, mode=mode, n=n, h=h, v=v, zero=zero, note="")
-            row["peak_mb"] = attempt(row, peak_mb, shape, name, f, mode)
+            row["peak_mb"] = attempt(row, peak_mb, shape, f, mode)
             rows.append(row)
 
     problem = Problem(shape, zero)
@@ -262,30 +245,8 @@ def three_products(problem: Problem, rounds: int) -> float:
     return statistics.median(seconds(products) for _ in range(rounds))
 
 
-# ---- the table
-
-COLUMNS = [  # heading, key in the row, width, format
-    ("N", "n", 6, "d"),
-    ("H", "h", 5, "d"),
-    ("V", "v", 7, "d"),
-    ("zero", "zero", 4, ".0%"),
-    ("contender", "name", 22, "s"),
-    ("mode", "mode", 5, "s"),
-    ("ms", "ms", 9, ".2f"),
-    ("TFLOP/s", "tflops", 8, ".2f"),
-    ("count", "convention", 5, "s"),
-    ("% mm", "of_mm", 5, ".0%"),
-    ("peak MB", "peak_mb", 8, ".0f"),
-    ("|d logp|", "logp_error", 8, ".1e"),
-]
-
-
-def table_line(row: dict) -> str:
-    cells = []
-    for _, key, width, form in COLUMNS:
-        text = format(row[key], form) if row.get(key) is not None else "-"
-        cells.append(text.rjust(width))
-    return " ".join([*cells, row["note"]]).rstrip()
+# ---- the command
+COLUMNS = "n h v zero name mode ms tflops convention of_mm peak_mb logp_error".split()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -300,15 +261,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 5, help=rounds_help)
     parser.add_argument("--json", action="store_true", help="JSON as the last line")
     parser.add_argument("--save", action="store_true", help="write it to bench/results/")
-    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)  # see peak_mb
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    if args.memory_of:
-        name, mode, *shape = args.memory_of
-        return print(measure_peak_mb(tuple(map(int, shape)), contenders()[name], mode))
     hopper = CUDA and torch.cuda.get_device_capability()[0] == 9
     require(hopper or not args.variants, "--variants: needs a Hopper GPU")
 
@@ -320,14 +277,8 @@ def main() -> None:
         rows += measure(functions, tuple(shape), args.zero, args.rounds)
     command = " ".join(["python bench/logprob.py", *sys.argv[1:]])
     result |= dict(dtype=str(DTYPE), rounds=args.rounds, command=command, rows=rows)
-    print(headline(result))
-    print(*(heading.rjust(width) for heading, _, width, _ in COLUMNS))
-    for row in rows:
-        print(table_line(row))
-    if args.save:
-        print(f"wrote {save('logprob', result, 'variants' * args.variants).relative_to(ROOT)}")
-    if args.json:
-        print(json.dumps(result))
+    args.dtype = str(DTYPE).removeprefix("torch.")
+    conclude(args, "logprob", result, table(COLUMNS, rows), "variants" * args.variants)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,6 @@ import sys
 import torch
 
 from aggregate import AGGREGATORS, advantages, aggregate
-from data import Trace
-from reward import score
-from support.weights import load_model
 
 device = sys.argv[1]
 logp = torch.tensor([[-1.0, -0.2], [-0.3, -2.0], [-0.5, -0.5]], device=device)
@@ -55,21 +52,11 @@ methods = {}
 for name in AGGREGATORS:
     reward, weight = aggregate(name, logp, logp.amin(dim=0))
     methods[name] = torch.cat([advantages(reward, weight=weight), weight.flatten()]).tolist()
-traces = [Trace([3, 4, 9], [0.0] * 3, True), Trace([5, 6, 7, 8, 3], [0.0] * 5, False)]
-model = load_model("model", torch.bfloat16, device)
-with torch.no_grad():
-    scores = score(model, [3, 4, 5, 6], traces, [7, 8, 1], marker=9)
-logps = [scores.trace_logp, scores.marker_logp, scores.answer_logp, scores.null_logp]
 try:
     mixed = (logp + torch.ones(2)).tolist()
 except RuntimeError:
     mixed = "refused"
-figures = {
-    "methods": methods,
-    "bf16": torch.cat([x.flatten() for x in logps]).tolist(),
-    "mixed": mixed,
-}
-open("figures.json", "w").write(json.dumps(figures))
+open("figures.json", "w").write(json.dumps([methods, mixed]))
 """
 
 
@@ -147,11 +134,10 @@ def test_in_bf16_a_gpu_trains_in_fsdp2_from_the_same_null_think(ran):
     assert gpu[0]["gold_logp_null"] == pytest.approx(cpu[0]["gold_logp_null"], rel=2**-6)
 
 
-def test_a_gpu_computes_the_same_advantages_weights_and_log_probs_and_mixes_no_devices(ran):
+def test_a_gpu_computes_the_same_advantages_and_weights_and_mixes_no_devices(ran):
     cpu, gpu = (json.loads((folder / "figures.json").read_text()) for folder in ran)
-    assert_close(gpu["methods"], cpu["methods"])
-    assert gpu["bf16"] == pytest.approx(cpu["bf16"], rel=2**-6, abs=2**-6)
-    assert gpu["mixed"] == "refused" != cpu["mixed"]
+    assert_close(gpu[0], cpu[0])
+    assert gpu[1] == "refused" != cpu[1]
 
 
 # ---- FlashAttention beside fp64

@@ -24,25 +24,26 @@ from train import train_question
 
 ROOT = Path(__file__).parents[1]
 WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
-BRIEF = [
-    "--steps=5",
-    "--questions=4",
-    "--traces=4",
-    "--max-trace=12",
-    "--eval-questions=5",
-    "--eval-every=3",
-    "--save-every=1",
-    "--device=cpu",
-]
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+BRIEF = "--steps=5 --questions=4 --traces=4 --max-trace=12 --device=cpu".split()
+BRIEF += "--eval-questions=5 --eval-every=3 --save-every=1".split()
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """An earlier test of this process may have left one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(
-    out: Path, *flags: str, torchrun: list[str] | None = None, **env: str
+    out: Path, *flags: str, torchrun: list[str] | None = None, script: str = "train.py", **env: str
 ) -> subprocess.Popen:
     launcher = [] if torchrun is None else ["-m", "torch.distributed.run", *torchrun]
+    flags = [*BRIEF, f"--out={out}", *flags] if script == "train.py" else [str(out)]
     return subprocess.Popen(
-        [sys.executable, *launcher, "train.py", *BRIEF, f"--out={out}", *flags],
+        [sys.executable, *launcher, script, *flags],
         cwd=ROOT,
         env=ENV | env,
         stdout=subprocess.PIPE,
@@ -138,16 +139,7 @@ def test_more_processes_train_the_same_model_on_the_same_traces(count, flags, tm
 
 def test_the_sharded_model_has_the_gradients_and_the_traces_of_a_plain_one(tmp_path):
     """Micro-batches, recomputation, dtype, tied or not; ranks with very different traces."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *processes(2)]
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    checks = subprocess.Popen(
-        [*launcher, str(ROOT / "tests/sharded_model.py"), str(tmp_path)],
-        env=ENV | path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    finish(checks)
+    finish(start(tmp_path, torchrun=processes(2), script="tests/sharded_model.py"))
 
 
 @pytest.mark.slow
@@ -172,7 +164,6 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
                 pass
         output_of(process)
         for checkpoint in out.glob("checkpoint-??????"):
-            assert (checkpoint / "progress.json").exists()
             load_model(checkpoint)
     finish(start(out, "--resume", "--steps=3", torchrun=processes(2)))  # two processes go on ...
     finish(start(out, "--resume"))  # ... and one does the rest
@@ -180,18 +171,13 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
 
 
 # ---- whose questions
-def pretend(monkeypatch, rank: int, ranks: int) -> None:
-    """As if this process were one of several."""
-    monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-
-
-@pytest.mark.parametrize(("ranks", "updates"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize(("ranks", "updates"), [(1, 3), (2, 1), (4, 2)])
 def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, updates, monkeypatch):
     batch = list(range(24))
     own, update = [], len(batch) // updates
     for rank in range(ranks):
-        pretend(monkeypatch, rank, ranks)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
         own.append(own_share(batch))
         for i, number in enumerate(own[-1]):  # each update trains its own questions
             assert number // update == i // (update // ranks)
@@ -199,14 +185,14 @@ def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, upd
     assert all_shares(own[0]) == batch
 
 
+# ---- the process group
 def launched(monkeypatch, **env: str) -> None:
     """As if torchrun had started this process as one of two."""
-    env = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "0"} | env
-    for name, value in ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"} | env).items():
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"} | env
+    for name, value in ({"TORCHELASTIC_MAX_RESTARTS": "0"} | env).items():
         monkeypatch.setenv(name, value)
 
 
-# ---- the process group
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
 def test_the_backend_is_named(device, backend, several, monkeypatch):
@@ -260,18 +246,10 @@ def test_questions_that_do_not_divide_among_the_processes_are_refused_by_name(mo
         parse_args(["--questions", "6", "--updates", "2"], "")
 
 
-@pytest.mark.parametrize(
-    ("env", "device", "says"),
-    [
-        ({"TORCHELASTIC_MAX_RESTARTS": "1"}, "cpu", "--max-restarts 1: .* --resume"),
-        ({"LOCAL_RANK": "2"}, "cuda", "--nproc-per-node"),
-    ],
-)
-def test_what_torchrun_cannot_do_here_is_refused_by_its_flag(env, device, says, monkeypatch):
-    launched(monkeypatch, **env)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=says):
-        distributed.start(device, torch.float32)
+def test_a_restart_by_torchrun_is_refused_by_its_flag(monkeypatch):
+    launched(monkeypatch, TORCHELASTIC_MAX_RESTARTS="1")
+    with pytest.raises(ValueError, match=r"--max-restarts 1: .* --resume"):
+        distributed.start("cpu", torch.float32)
 
 
 def test_several_processes_refuse_with_one_line_between_them(tmp_path):

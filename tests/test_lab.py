@@ -3,7 +3,6 @@ right on cases that can be worked out by hand."""
 
 import math
 import random
-import subprocess
 import sys
 
 import pytest
@@ -73,36 +72,11 @@ def test_a_finished_run_is_not_run_again_and_a_half_finished_one_is(finished, mo
     assert "`sft`" in (finished / "quick.md").read_text()
 
 
-def test_a_base_that_cannot_look_up_is_made_again_from_another_seed(monkeypatch, tmp_path):
-    lookups = iter([0.2, 0.2, 1.0, 0.2, 0.2, 0.2])
-    monkeypatch.setattr(lab, "run_child", lambda command: command[-1].mkdir())
-    monkeypatch.setattr(lab, "lookups_right", lambda *of_base: next(lookups))
-    for not_needed in ("load_model", "Tokenizer", "read_examples"):
-        monkeypatch.setattr(lab, not_needed, lambda *of_base: None)
-    monkeypatch.setattr(lab, "before_training", lambda *of_base: [])
-    assert lab.make_base(tmp_path, TINY)["seed"] == TINY.seed + 2
-    with pytest.raises(RuntimeError, match="did not learn lookups"):
-        lab.make_base(tmp_path, make.Task(easy=1))
-    assert not lab.folder_of(tmp_path, make.Task(easy=1)).exists()
-
-
 def test_a_run_that_fails_is_counted_and_the_others_go_on(capsys):
     work = {"bad": lambda: lab.run_child(["-c", "print('why'); 1 / 0"]), "good": lambda: "fine"}
     assert lab.run_all(1, work, str) == 1
     printed = capsys.readouterr().out
     assert "ZeroDivisionError" in printed and "fine" in printed
-
-
-def test_an_interrupted_lab_ends_its_child_processes(monkeypatch):
-    def interrupted(futures):
-        raise KeyboardInterrupt
-
-    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-    monkeypatch.setattr(lab, "CHILDREN", {child})
-    monkeypatch.setattr(lab, "as_completed", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        lab.run_all(1, {"child": child.wait}, str)
-    assert child.wait() != 0
 
 
 # ---- what is measured
@@ -171,26 +145,6 @@ def test_thinking_appears_at_the_first_of_three_steps_with_gain_and_traces():
 
 
 # ---- tables
-def test_verdicts_are_counted_against_what_most_seeds_do():
-    setting = {"easy": 8, "sloppy": 0.3, "noise": 0, "worked": 0.15, "hard": 1}
-    thinks = {"helpful": 1.0, "empty": 0.0, "dead": 0.0}
-    removes = {"helpful": -2.0, "empty": 1.0, "dead": 0.0}
-    before = [setting | {"method": "a"} | thinks, setting | {"method": "b"} | removes]
-    before.append(setting | {"noise": 4, "method": "a"} | removes)
-    outcomes = {"a": [True, True, False], "b": [False, True, False]}
-    rows = [
-        setting | {"noise": noise, "method": method, "survives": survives}
-        for noise in (0, 4)
-        for method, found in outcomes.items()
-        for survives in found
-    ]
-    assert lab.verdicts(rows, before).splitlines()[2:] == [
-        "| held out | removes thinking | 1 | 0 |",
-        "| placed on | keeps thinking | 1 | 0 |",
-        "| placed on | removes thinking | 0 | 1 |",
-    ]
-
-
 def test_the_committed_table_is_made_of_the_committed_runs(tmp_path, capsys):
     for name in ("map.csv", "map-before.csv"):
         (tmp_path / name).write_bytes((HOPS / name).read_bytes())
