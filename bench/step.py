@@ -2,7 +2,6 @@
 
     python bench/step.py --model DIR                        ours and dense
     python bench/step.py --model DIR --peer transformers    ours and the transformers library
-    python bench/step.py --model DIR --peer none            ours alone
     --json: one JSON object as the last line; --save: bench/results/step-<device>-<date>-...json
 
     ours          train.train_question, on traces of sample.sample_traces
@@ -19,10 +18,9 @@ brackets for K = 8, P = 96, n = 64, T = 48:
               null, no graph: K (P + T)                  [1152]   K equal rows
               update, with its graph: K (P + n + T)      [1664]   the K rows of one question at once
 
-Ours prefills a prompt once and copies its KV cache; the others prefill it in each of the K rows.
-The others hold fp32 logits [K, n + 1 + T, V], ours none; ours alone computes the entropy. All have
-fp32 parameters, gradients and AdamW moments. In bf16 our model, which ours and dense train, is that
-of train.py (support/distributed.py); the library's has a bf16 copy that samples and trains.
+The others prefill a prompt in each of its K rows and hold fp32 logits [K, n + 1 + T, V]; ours alone
+computes the entropy. All have fp32 parameters, gradients and AdamW moments. In bf16 the library's
+model has a bf16 copy that samples and trains.
 
 Each has a process of its own, one after the other. Figures are medians over the rounds:
 
@@ -84,9 +82,10 @@ def make_work(flags: argparse.Namespace) -> tuple[list[Example], list[Trace], Ar
     generator = torch.Generator().manual_seed(flags.seed)
     vocab = read_config(flags.model).vocab_size
     new = partial(machine.random_ids, vocab=vocab, generator=generator)
-    examples = []
-    for index in range(flags.questions):
-        examples.append(Example(index, new(flags.prompt), new(flags.answer), question="", gold=""))
+    examples = [
+        Example(index, new(flags.prompt), new(flags.answer), question="", gold="")
+        for index in range(flags.questions)
+    ]
     traces = [Trace(new(flags.new), [], finished=False) for _ in range(flags.traces)]
     return examples, traces, args
 
@@ -278,7 +277,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--new", type=machine.count, default=64, help="n, tokens of a trace (64)")
     add("--answer", type=machine.count, default=48, help="T, tokens of an answer (48)")
     add("--seed", type=int, default=0, help="of the random tokens")
-    peers = ["none", "dense", "transformers"]
+    peers = ["dense", "transformers"]
     add("--peer", nargs="+", choices=peers, default=["dense"], help="beside ours (dense)")
     flags = parser.parse_args(argv)
     require(flags.traces > 1, "--traces 1: an advantage compares at least two")
@@ -296,8 +295,6 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     figures = {}
     for name in dict.fromkeys(["ours", *flags.peer]):
-        if name == "none":
-            continue
         print(name, file=sys.stderr, flush=True)
         try:
             with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
