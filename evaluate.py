@@ -32,7 +32,7 @@ from aggregate import credit
 from data import Example, Pairs, Trace, first_examples, stream_seed
 from model import Transformer
 from reward import score
-from sample import sample_groups, sample_thoughts, sample_traces, think_and_answer, trace_ids
+from sample import sample_groups, sample_to_marker, sample_traces, think_and_answer, trace_ids
 from support.args import Args, model_flags, open_model
 from support.distributed import all_shares, gathered_view, own_share
 from support.errors import exit_on_bad_input, printable, refusing, require
@@ -99,8 +99,8 @@ def predict(
     own = own_share(range(len(examples)))  # indices
     mine = [examples[i] for i in own]
     traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace))  # of all examples
-    thoughts = [trace_ids(traces[i], marker) for i in own]
-    answers = sample_answers(model, tokenizer, mine, thoughts)
+    contexts = [trace_ids(traces[i], marker) for i in own]
+    answers = sample_answers(model, tokenizer, mine, contexts)
     null_answers = sample_answers(model, tokenizer, mine, [[marker]] * len(mine))
     rows = []
     for i, example, answer, null_answer in zip(own, mine, answers, null_answers, strict=True):
@@ -127,7 +127,7 @@ def greedy_traces(
     model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
 ) -> list[Trace]:
     prompts = [example.prompt for example in examples]
-    groups = sample_thoughts(model, tokenizer, prompts, 1, max_trace, temperature=0.0)
+    groups = sample_to_marker(model, tokenizer, prompts, 1, max_trace, temperature=0.0)
     return [trace for (trace,) in groups]
 
 
@@ -171,7 +171,7 @@ def sampled_accuracy(
 ) -> float:
     """Share of right answers among `samples` per example, trace and answer at temperature 1."""
     prompts = [example.prompt for example in examples]
-    groups = sample_thoughts(
+    groups = sample_to_marker(
         model, tokenizer, prompts, samples, max_trace, seed=stream_seed(seed, 0)
     )
     marker = tokenizer.marker_id

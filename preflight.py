@@ -37,7 +37,7 @@ from data import Example, stream_seed
 from evaluate import open_examples
 from model import Transformer
 from reward import score
-from sample import sample_thoughts
+from sample import sample_to_marker
 from support.args import model_flags, open_model
 from support.errors import exit_on_bad_input
 from support.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def sample_group_scores(
     marker = tokenizer.marker_id
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(seed, 0, example.index) for example in examples]
-    sampled = sample_thoughts(model, tokenizer, prompts, k, max_trace, seed=seeds)
+    sampled = sample_to_marker(model, tokenizer, prompts, k, max_trace, seed=seeds)
     groups = []
     for example, traces in zip(examples, sampled, strict=True):
         scores = score(model, example.prompt, traces, example.answer, marker)

@@ -68,10 +68,12 @@ def score(
     device = prompt.hidden.device
     branches = [make_branch(trace, marker) for trace in traces]
     if null:
-        branches.append(Branch(body=(), actions=(), finished=False))
-    rows = sorted(branches, key=lambda branch: -len(branch.body))  # of the forward: longest first
+        branches.append(Branch(context=(), actions=(), finished=False))
+    rows = sorted(
+        branches, key=lambda branch: -len(branch.context)
+    )  # of the forward: longest first
 
-    fed = [[*branch.body, marker, *answer[:-1]] for branch in rows]
+    fed = [[*branch.context, marker, *answer[:-1]] for branch in rows]
     tokens = pad(fed, max(len(ids) for ids in fed), device)  # [B, L]
     first = prompt.hidden.expand(len(rows), 1, -1)  # predicts every branch's first token
     hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
@@ -85,7 +87,7 @@ def score(
     sampled = torch.arange(width, device=device) < count[:, None]  # [B, Z]
     action_row, action_at = sampled.nonzero().T  # [N]
     row = torch.arange(len(rows), device=device)  # [B]
-    marker_at = torch.tensor([len(branch.body) for branch in rows], device=device)  # [B]
+    marker_at = torch.tensor([len(branch.context) for branch in rows], device=device)  # [B]
     policy_hidden = hidden[torch.cat([action_row, row]), torch.cat([action_at, marker_at])]
     policy_tokens = torch.cat([actions[action_row, action_at], torch.full_like(row, marker)])
 
@@ -135,8 +137,8 @@ def score(
 class Branch:
     """A trace as it is scored."""
 
-    body: tuple[int, ...]  # the tokens between prompt and marker, n_k of them
-    actions: tuple[int, ...]  # the sampled tokens: the body, then the marker or cut token if any
+    context: tuple[int, ...]  # the tokens between prompt and marker, n_k of them
+    actions: tuple[int, ...]  # the sampled tokens: the context, then the marker or cut token if any
     finished: bool
 
 

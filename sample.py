@@ -380,10 +380,10 @@ def sample_groups(
     prompts = [question.prompt for question in questions]
     seeds = [stream_seed(args.seed, step, question.index) for question in questions]
     limits = (args.traces, args.max_trace, args.temperature)
-    return sample_thoughts(model, tokenizer, prompts, *limits, seeds, args.decode_rows)
+    return sample_to_marker(model, tokenizer, prompts, *limits, seeds, args.decode_rows)
 
 
-def sample_thoughts(
+def sample_to_marker(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -419,7 +419,7 @@ def think_and_answer(
     require(left > 0, f"--question: its prompt of {len(prompt)} tokens fills the model's positions")
     temperature, seed = args.temperature, args.seed
     limit = min(args.max_trace, left)
-    [[trace]] = sample_thoughts(model, tokenizer, [prompt], 1, limit, temperature, seed)
+    [[trace]] = sample_to_marker(model, tokenizer, [prompt], 1, limit, temperature, seed)
     context = [*prompt, *trace_ids(trace, tokenizer.marker_id)]
     limit = min(args.max_answer, positions - len(context))
     stop = tokenizer.eos_ids

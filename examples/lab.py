@@ -50,7 +50,7 @@ from data import Example, Pairs  # noqa: E402
 from examples.hops.make import Task, make_trace  # noqa: E402
 from model import Transformer  # noqa: E402
 from preflight import NAMES, preflight, sample_group_scores, verdict  # noqa: E402
-from sample import sample_thoughts, trace_ids  # noqa: E402
+from sample import sample_to_marker, trace_ids  # noqa: E402
 from support.args import Args  # noqa: E402
 from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
@@ -347,7 +347,7 @@ def hard_tokens(final: Path, data: Path) -> dict[str, float]:
     examples = read_examples(data, HARD_ROWS)
     hard = [row["hard"] for row in read_rows(data)[:HARD_ROWS]]
     prompts = [example.prompt for example in examples]
-    groups = sample_thoughts(model, tokenizer, prompts, 1, Args.max_trace, temperature=0.0)
+    groups = sample_to_marker(model, tokenizer, prompts, 1, Args.max_trace, temperature=0.0)
     own = [trace_ids(trace, marker) for (trace,) in groups]
     contexts = {"": own, "_null": [[marker]] * len(own), "_shuffled": own[1:] + own[:1]}
     figures = {}

@@ -97,8 +97,8 @@ def worked_traces(monkeypatch):
         ids = [tokenizer.encode_prompt(f"{text} {make.MARKER}") for text in texts]
         return [[Trace(row, [0.0] * len(row), finished=True)] for row in ids]
 
-    monkeypatch.setattr(preflight, "sample_thoughts", sample)
-    monkeypatch.setattr(lab, "sample_thoughts", sample)
+    monkeypatch.setattr(preflight, "sample_to_marker", sample)
+    monkeypatch.setattr(lab, "sample_to_marker", sample)
 
 
 def test_the_trace_that_the_reward_prefers_is_paid_for(worked_traces):

@@ -6,6 +6,7 @@ small inputs cross the borders of chunks and tiles. The interpreter does not rou
 effect of that rounding is tested on a GPU only (the last section).
 """
 
+import gc
 import math
 import os
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
@@ -260,27 +262,58 @@ def test_any_shape_matches_float64(backend, shape):
         close(value, exact, 1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest float tensor that an operation returns."""
+class Memory(TorchDispatchMode):
+    """Bytes of the float tensors that operations return: the largest one, and the peak of all that
+    are alive at the same time. (Triton's interpreter also copies tensors, as bytes: not counted.)
+    """
 
-    nbytes = 0
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.peak = 0
+        self.storages = {}  # address of the storage -> (weak reference, bytes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (list, tuple)) else [out]:
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.nbytes = max(self.nbytes, tensor.nbytes)
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+                self.largest = max(self.largest, tensor.nbytes)
+        self.peak = max(self.peak, self.alive())
         return out
+
+    def alive(self) -> int:
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
 @both_backends
-def test_no_tensor_holds_all_logits(backend):
-    n, v = 130, 1500
-    hidden, weight, target, g = problem(backend, n=n, h=16, v=v)
-    with Largest() as largest:
+def test_no_tensor_holds_all_logits_and_after_the_call_only_its_results_are_in_memory(backend):
+    """Triton keeps the allocator of the last launch and all that it refers to. The rows of hidden,
+    copied without those that are ignored, must not be among it."""
+    n, h, v = 130, 16, 1500
+    hidden, weight, target, g = problem(backend, n=n, h=h, v=v)
+    with Memory() as memory:
         logp, _ = linear_logprob(hidden, weight, target, entropy=True, backend=backend)
         logp.backward(g)
-    assert weight.nbytes <= largest.nbytes <= 4 * n * v // 2
+        del logp, _
+    assert weight.nbytes <= memory.largest <= 4 * n * v // 2
+    gc.collect()  # of the interpreter's cycles
+    gradients = hidden.grad.nbytes + weight.grad.nbytes
+    assert memory.alive() == gradients + weight.nbytes  # its chunks are views
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_backward_pass_holds_one_chunk_of_dz_at_a_time(temperature):
+    """On the CPU alone: the interpreter makes copies of its own. Both backends share this loop."""
+    n, h, v = 128, 2, 4 * CHUNK
+    hidden, weight, target, g = problem("torch", n=n, h=h, v=v)
+    logp = linear_logprob(hidden, weight, target, temperature, backend="torch")
+    with Memory() as memory:
+        logp.backward(g)
+    chunk = 4 * n * CHUNK
+    gradients = weight.nbytes + hidden.nbytes
+    assert 1 <= (memory.peak - gradients) / chunk < 1.2  # 0.2: inputs [n, h], [v, h], vectors [n]
 
 
 @both_backends

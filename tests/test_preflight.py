@@ -1,4 +1,4 @@
-"""preflight.py: what each reward pays for, on groups that can be worked out by hand."""
+"""preflight.py: what each reward pays for, on groups worked by hand."""
 
 import pytest
 import tiny
@@ -36,17 +36,17 @@ KEEPS = {
 
 
 @pytest.mark.parametrize("name", KEEPS)
-def test_the_reward_decides_where_a_trace_costs_easy_tokens_and_not_where_it_is_free(name):
+def test_the_reward_decides_where_a_trace_costs_easy_tokens(name):
     row = preflight([TAXED] * 4, name)
     assert row["verdict"] == ("keeps thinking" if KEEPS[name] else "removes thinking")
     assert row["dead"] == 0
     assert preflight([FREE] * 4, name)["verdict"] == "keeps thinking"
 
 
-def test_a_helpful_trace_may_get_less_than_the_empty_one_by_the_margin():
+def test_a_helpful_trace_may_get_less_by_the_margin():
     assert verdict(helpful=0.0, empty=MARGIN - 0.01, dead=0.0) == "keeps thinking"
     assert verdict(helpful=0.0, empty=MARGIN + 0.01, dead=0.0) == "removes thinking"
-    # Half the price on the easy tokens: log_prob pays the empty trace more, but within the margin.
+    # Half the price: log_prob pays the empty trace more, within the margin.
     row = preflight([group([(12, 0.75, 0.90), (8, 0.75, 0.12), EMPTY, EMPTY])], "log_prob")
     assert row["helpful"] < row["empty"] and row["verdict"] == "keeps thinking"
 

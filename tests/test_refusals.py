@@ -117,10 +117,6 @@ def lose_first_rows() -> None:
     save_file(kept, OPTIMIZER, metadata | {"DCP_SHARDING_INFO": json.dumps(where)})
 
 
-def nothing() -> None:
-    pass
-
-
 # ---- tables
 NORM = "model.norm.weight"
 CONFIG, NRT, TOKENIZER = "model/config.json", "model/nrt.json", "model/tokenizer.json"
@@ -161,7 +157,7 @@ MODEL = [
     *[("train", tensors(drop=name), [], ["model", name]) for name in (NORM, "lm_head.weight")],
     ("train", put(WEIGHTS, b"\xff" * 64), [], [WEIGHTS]),
     ("train", put(INDEX, '{"metadata": {}}'), [], [INDEX]),
-    ("train", merge(INDEX, weight_map={"a": "gone.safetensors"}), [], ["gone.safetensors"]),
+    ("train", merge(INDEX, weight_map={"a": "gone.safetensors"}), [], [INDEX]),
 ]
 DATA = [
     *[

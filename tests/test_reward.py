@@ -228,22 +228,28 @@ def test_the_forward_that_scores_is_the_forward_that_trains():
         assert theirs.requires_grad == differentiable
 
 
+@pytest.mark.parametrize("temperature, calls", [(1.0, 1), (0.8, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_log_probs_are_fp32_from_the_hidden_state_on(dtype, monkeypatch):
-    """Against a float64 head on the very hidden states: bf16 logits would be off by 1e-2."""
-    exact = []  # log-probs and entropies of all rows of the head
+def test_log_probs_are_fp32_from_the_hidden_state_on(dtype, temperature, calls, monkeypatch):
+    """Against a float64 head on the very hidden states: bf16 logits would be off by 1e-2.
+
+    At temperature 1 policy and answer rows share one call of the head.
+    """
+    heads = []  # expected log-probs and entropies: of the policy rows, then of the answer rows
     linear_logprob = reward.linear_logprob
 
-    def recorded(hidden, weight, target, *arguments):
-        logp = (hidden.double() @ weight.double().T).log_softmax(-1).detach()
-        exact.extend([logp[torch.arange(len(target)), target], -(logp.exp() * logp).sum(-1)])
-        return linear_logprob(hidden, weight, target, *arguments)
+    def recorded(hidden, weight, target, temperature=1.0, *arguments):
+        logits = hidden.double() @ weight.double().T / temperature
+        logp = logits.log_softmax(-1).detach()
+        heads.append((logp[torch.arange(len(target)), target], -(logp.exp() * logp).sum(-1)))
+        return linear_logprob(hidden, weight, target, temperature, *arguments)
 
     monkeypatch.setattr(reward, "linear_logprob", recorded)
     # One finished trace: rows in order, no padding.
     one = TRACES[:1]
-    scores = score(make(dtype=dtype), PROMPT, one, ANSWER, MARKER, null=False, entropy=True)
-    logp, entropy = exact
+    scores = score(make(dtype=dtype), PROMPT, one, ANSWER, MARKER, False, temperature, entropy=True)
+    assert len(heads) == calls
+    logp, entropy = (torch.cat(part) for part in zip(*heads, strict=True))
     policy, answer = logp.split([len(logp) - len(ANSWER), len(ANSWER)])
     for got, expected in (
         (scores.trace_logp[0], policy[:-1]),  # the marker's row comes once more, last
