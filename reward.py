@@ -90,23 +90,15 @@ def score(
     marker_at = torch.tensor([len(branch.context) for branch in rows], device=device)  # [B]
     policy_hidden = hidden[torch.cat([action_row, row]), torch.cat([action_at, marker_at])]
     policy_tokens = torch.cat([actions[action_row, action_at], torch.full_like(row, marker)])
+    result = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
+    policy_logp, entropies = result if entropy else (result, None)  # [N + B] each
+    trace_logp, marker_logp = policy_logp.split([len(action_row), len(rows)])
 
     # Answer tokens follow the marker; log c is taken at temperature 1.
     answer_at = marker_at[:, None] + 1 + torch.arange(len(answer), device=device)  # [B, T]
     answer_hidden = hidden[row[:, None], answer_at].flatten(0, 1)  # [B T, H]
     answer_tokens = torch.tensor(answer, device=device).repeat(len(rows))
-
-    if temperature == 1:  # together: one pass over the head, one gradient of it
-        both = torch.cat([policy_hidden, answer_hidden])
-        result = linear_logprob(both, head, torch.cat([policy_tokens, answer_tokens]), 1.0, entropy)
-        logp, entropies = result if entropy else (result, None)  # [N + B + B T] each
-    else:
-        result = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
-        policy_logp, entropies = result if entropy else (result, None)  # [N + B] each
-        logp = torch.cat([policy_logp, linear_logprob(answer_hidden, head, answer_tokens)])
-    sizes = [len(action_row), len(rows), len(answer_tokens)]
-    trace_logp, marker_logp, answer_logp = logp.split(sizes)
-    answer_logp = answer_logp.view(len(rows), -1)  # [B, T]
+    answer_logp = linear_logprob(answer_hidden, head, answer_tokens).view(len(rows), -1)  # [B, T]
 
     # Equal traces take the scores of the same row. Late in training many are equal, and their
     # rewards must be equal to the last bit: a difference of rounding would be scaled up to an
