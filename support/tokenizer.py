@@ -61,11 +61,13 @@ class Tokenizer:
     ) -> None:
         self.path = Path(path)
         # All files are read here: a run may outlive the directory it began from.
-        names = "config nrt generation_config tokenizer_config special_tokens_map".split()
-        files = [read_json(self.path / f"{name}.json") for name in names]
-        config, saved, self.generation, self.described, older = files
-        if "added_tokens_decoder" not in self.described:  # transformers reads the older file then
-            self.described |= older
+        config = read_json(self.path / "config.json")
+        saved = read_json(self.path / "nrt.json")
+        self.generation = read_json(self.path / "generation_config.json")
+        self.described = read_json(self.path / "tokenizer_config.json")
+        if "added_tokens_decoder" not in self.described:
+            # transformers reads the older file then
+            self.described |= read_json(self.path / "special_tokens_map.json")
         self.model: tokenizers.Tokenizer = load_tokenizer(self.path / "tokenizer.json")
         with refusing(self.path):
             self.named = add_named_tokens(self.model, self.described)
@@ -73,7 +75,8 @@ class Tokenizer:
         self.eos: str = self.model.id_to_token(self.eos_ids[0])
         # Llama's and Mistral's tokenizers put bos in front of every text.
         start = self.model.encode("a")
-        length = next((i for i, text in enumerate(start.sequence_ids) if text == 0), 0)
+        of_text = [sequence == 0 for sequence in start.sequence_ids]
+        length = of_text.index(True) if any(of_text) else 0
         self.prefix = start.ids[:length]
         self.bos = "".join(self.model.id_to_token(token) for token in self.prefix)
         added = self.model.get_added_tokens_decoder()
@@ -82,8 +85,10 @@ class Tokenizer:
 
         self.own_template = own_template(self.path, self.described)
         chosen = prompt_format or saved.get("prompt_format")
-        note = f"note: {path} has a chat template: --prompt-format chat prompts with it\n"
-        self.note = note if self.own_template and not chosen else ""
+        self.note = ""
+        if self.own_template and not chosen:
+            use = "--prompt-format chat prompts with it"
+            self.note = f"note: {path} has a chat template: {use}\n"
         self.prompt_format: str = chosen or PROMPT_FORMAT
         if self.prompt_format == CHAT:
             self.chat = compile_template(self.own_template, self.path)
@@ -181,8 +186,9 @@ class Tokenizer:
         `prompt_ids` makes, and generation_config.json, with all ids that end an answer.
         """
         path = Path(path)
-        hidden = (*NOT_EXPORTED, *self.named)
-        described = {name: self.described[name] for name in self.described if name not in hidden}
+        described = dict(self.described)
+        for name in (*NOT_EXPORTED, *self.named):
+            described.pop(name, None)
         # A marker that is named, as pad for instance, would be special again.
         named = {name: text for name, text in self.named.items() if text != self.marker}
         extra = [named.pop(name) for name in list(named) if name.isdigit()]
@@ -200,8 +206,9 @@ class Tokenizer:
 
     def chat_template(self) -> str:
         """The prompt format as the Jinja template that other software applies."""
-        own = self.prompt_format == CHAT
-        return self.own_template if own else template_of(self.prompt_format, self.bos, self.eos)
+        if self.prompt_format == CHAT:
+            return self.own_template
+        return template_of(self.prompt_format, self.bos, self.eos)
 
 
 # ---- reading a directory
@@ -226,9 +233,11 @@ def add_named_tokens(model: tokenizers.Tokenizer, described: dict) -> dict[str, 
         extra = {str(i): token for i, token in enumerate(extra or [])}
     named = {}
     for name, token in (described | extra).items():
-        switch = token is None or isinstance(token, bool)  # add_bos_token, for instance
-        if (name in extra or name.endswith("_token")) and not switch:
-            named[name] = token["content"] if isinstance(token, dict) else token
+        if isinstance(token, dict):
+            token = token.get("content")
+        of_a_token = name in extra or name.endswith("_token")
+        if of_a_token and isinstance(token, str):  # add_bos_token, for instance, is a bool
+            named[name] = token
     listed = described.get("added_tokens_decoder") or {}
     tokens = [tokenizers.AddedToken(**listed[i]) for i in sorted(listed, key=int)]
     tokens += [tokenizers.AddedToken(text, special=True) for text in named.values()]
@@ -242,7 +251,9 @@ def find_eos(path: Path, model: tokenizers.Tokenizer, named: dict, *configs: dic
     found = [model.token_to_id(named["eos_token"])] if "eos_token" in named else []
     for config in configs:
         ids = config.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if isinstance(ids, int):
+            ids = [ids]
+        found += ids or []
     names = "neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) names one"
     require(bool(found), f"{path}: no eos token: {names}")
     known = model.id_to_token(found[0]) is not None
