@@ -67,7 +67,7 @@ def test_the_figures_are_means_of_the_advantages_that_training_would_use():
     paid = torch.stack(paid)
     assert row["empty"] == pytest.approx(float(paid[:, -1].mean()))
     assert row["helpful"] == pytest.approx(float(paid[:, 0].mean()))
-    # Of 8 sampled traces the two empty ones are the shortest quarter, the two of 12 the longest.
+    # Of 8 sampled traces two are empty, and two have 12 tokens.
     assert row["short"] == pytest.approx(float(paid[:, 3].mean()))
     assert row["long"] == pytest.approx(float(paid[:, 0].mean()))
     lengths = torch.tensor([12, 8, 8, 0] * 2, dtype=torch.float64)
