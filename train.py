@@ -24,7 +24,8 @@ c_ki is the probability of token i of the gold answer there, n_i the same after 
 null think), whose log-prob is `null_logp`. Traces are sampled and scored at --temperature, answers
 at 1. rho is 1 with one update per step, else the truncated importance ratio (reward.py). omega = 1,
 the paper's choice, makes the answer term supervised learning; omega = w = df/dlog c makes the whole
-the gradient of J = E[f(c)] (--answer-weight exact --scale none).
+the gradient of J = E[f(c)] (--answer-weight exact --center none --scale none; the group's mean as
+baseline leaves (K - 1)/K of the trace term).
 
 How it differs from the usual GRPO script:
   1. No verifier and no reward model: the reward is made of the gold answer's probabilities.
