@@ -233,11 +233,10 @@ def add_named_tokens(model: tokenizers.Tokenizer, described: dict) -> dict[str, 
         extra = {str(i): token for i, token in enumerate(extra or [])}
     named = {}
     for name, token in (described | extra).items():
-        if isinstance(token, dict):
-            token = token.get("content")
-        of_a_token = name in extra or name.endswith("_token")
-        if of_a_token and isinstance(token, str):  # add_bos_token, for instance, is a bool
-            named[name] = token
+        if token is None or isinstance(token, bool):  # add_bos_token, for instance
+            continue
+        if name in extra or name.endswith("_token"):
+            named[name] = token["content"] if isinstance(token, dict) else token
     listed = described.get("added_tokens_decoder") or {}
     tokens = [tokenizers.AddedToken(**listed[i]) for i in sorted(listed, key=int)]
     tokens += [tokenizers.AddedToken(text, special=True) for text in named.values()]
