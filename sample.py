@@ -46,10 +46,10 @@ MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
 # issued, so it is rare there, and ended rows decode up to 15 tokens in vain.
 FINISH_EVERY = {"cuda": 16, "cpu": 1}
-# On a GPU, decode from a CUDA graph: one launch for the hundreds of kernels of a forward pass. In a
-# small model they take longer to launch than to run. Off, as it has not been measured.
-CUDA_GRAPH = False
-RECORD_AFTER = 16  # decode steps of a batch as it is: recording one that soon shrinks would not pay
+# In FlashAttention, decode steps after these run from a CUDA graph: one launch for the hundreds of
+# kernels of a forward pass, which take longer to launch than to run. It is recorded for the batch as
+# it is: for one that soon shrinks that would not pay.
+RECORD_AFTER = 16
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ class DecodeBatch:
             self.graph.replay()
         self.length_bound = [bound + 1 for bound in self.length_bound]
         self.steps += 1
-        if CUDA_GRAPH and self.flash and self.steps == RECORD_AFTER:
+        if self.flash and self.steps == RECORD_AFTER:
             self.graph = torch.cuda.CUDAGraph()
             # This computes nothing. "thread_local": NCCL's thread may go on asking the GPU.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):

@@ -1,13 +1,15 @@
 """Everything that is to be measured on one GPU, in one command of at most nine minutes.
 
     TMPDIR=/dev/shm python bench/gpu.py --out DIR
+    ... --only "decode 1B" "decode 8B"          these sections alone
     python bench/gpu.py --dry-run               the same list on a CPU, with tiny sizes
 
-SECTIONS is in order of value. Each section is a process with a time limit of its own; one that
-fails or takes too long stops no other, and when the nine minutes are over the rest is not started.
-DIR/gpu.json has what every section printed and its JSON object, DIR/gpu.log all of their output;
-both are complete after every section. One table is printed last. Nothing is downloaded: models have
-random weights. TMPDIR: 3 GB for one of them, where writing is fast.
+CHECKS run side by side, then TIMINGS one after the other, in order of value. Each section is a
+process with a time limit of its own; one that fails or takes too long stops no other, and when the
+nine minutes are over the rest is not started. DIR/gpu.json has what every section printed and its
+JSON object, DIR/gpu.log all of their output; both are complete after every section. One table is
+printed last. Nothing is downloaded: models have random weights. TMPDIR: 3 GB for two of them, where
+writing is fast.
 
 What a figure decides, written down before it is measured:
 
@@ -39,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,29 +53,49 @@ from support.errors import OneLineParser, exit_on_bad_input, require
 
 TOTAL = 540  # seconds
 
-# Name, limit in seconds, lines in the table, python's arguments.
-Section = tuple[str, int, int, str]
-SECTIONS: list[Section] = [
+# Name, limit in seconds, lines in the table, arguments of python: one command, or several in turn.
+Section = tuple[str, int, int, list[str]]
+TRAIN = "train.py --device {device} {few}"
+CHECKS: list[Section] = [
     (
         "contact",
-        50,
+        100,
         4,
-        "{pytest} tests/test_device.py tests/test_sample.py -k 'flash or cuda_graph'",
+        ["{pytest} tests/test_device.py tests/test_sample.py -k 'flash or cuda_graph'"],
     ),
-    ("train", 40, 4, "train.py --device {device} --dtype bfloat16 {few} --steps 3 --out {work}/r"),
-    ("resume", 20, 4, "train.py --resume --steps 4 --out {work}/r"),
-    ("head tests", 110, 4, "{pytest} tests/test_logprob.py {parallel}"),
-    ("head 8B", 50, 30, "bench/logprob.py --json {head}"),
-    ("head 1B", 30, 30, "bench/logprob.py --json {head_1b}"),
-    ("decode 1B", 60, 8, "bench/sample.py --json --model {1b} {graph} {rows}"),
-    ("make 1B", 30, 1, "bench/make_model.py --shape {1b} --out {work}/1b"),
-    ("step 1B", 110, 6, "bench/step.py --json --model {work}/1b --peer {peer} {step}"),
-    ("decode 8B", 90, 8, "bench/sample.py --json --model {8b} {rows}"),
-    ("variants", 60, 10, "bench/logprob.py --json {variants}"),
-    ("hops", 45, 3, "train.py --device {device} {few} --steps {steps} --out {work}/hops"),
-    ("device tests", 200, 4, "{pytest} tests/test_device.py"),
+    (
+        "train, resume",
+        100,
+        4,
+        [
+            TRAIN + " --dtype bfloat16 --steps 3 --out {work}/r",
+            "train.py --resume --out {work}/r --steps 4",
+        ],
+    ),
+    ("head tests", 120, 4, ["{pytest} tests/test_logprob.py {parallel}"]),
+    ("hops", 100, 3, [TRAIN + " --steps {steps} --out {work}/hops"]),
+    ("device tests", 120, 4, ["{pytest} tests/test_device.py -k 'not flash'"]),
+    (
+        "models",
+        60,
+        2,
+        [
+            f"bench/make_model.py --shape {{{shape}}} --out {{work}}/{shape}"
+            for shape in ("1b", "135m")
+        ],
+    ),
+]
+TIMINGS: list[Section] = [
+    ("head 8B", 70, 30, ["bench/logprob.py --json {head}"]),
+    ("decode 1B", 60, 8, ["bench/sample.py --json --model {1b} {rows}"]),
+    ("step 1B", 80, 6, ["bench/step.py --json --model {work}/1b --peer {peer} {step}"]),
+    ("decode 8B", 60, 8, ["bench/sample.py --json --model {8b} {rows}"]),
+    ("step 135M", 60, 6, ["bench/step.py --json --model {work}/135m --peer {peer} {step_135m}"]),
+    ("head 1B", 60, 30, ["bench/logprob.py --json {head_1b}"]),
+    ("variants", 60, 10, ["bench/logprob.py --json {variants}"]),
 ]
 HEAD_ON_CPU = "--shape 8 64 512 --rounds 1"
+STEP_ON_CPU = "--questions 1 --traces 2 --prompt 8 --new 4 --answer 4 --rounds 1"
 # The words in a command: on a GPU, in a dry run.
 WORDS = {
     "device": ("cuda", "cpu"),
@@ -82,7 +105,7 @@ WORDS = {
     "steps": ("30", "2"),
     "1b": ("llama-3.2-1b", "tiny"),
     "8b": ("llama-3.1-8b", "tiny"),
-    "graph": ("--cuda-graph", ""),
+    "135m": ("smollm2-135m", "tiny"),
     "rows": (
         "--rows 64 256 --new 256 --rounds 2",
         "--rows 1 2 --new 4 --rounds 1 --dtype float32",
@@ -90,22 +113,38 @@ WORDS = {
     "head": ("--shape 16384 4096 128256 --rounds 5", HEAD_ON_CPU),
     "head_1b": ("--shape 16384 2048 128256 --rounds 5", HEAD_ON_CPU),
     "variants": ("--variants --shape 16384 4096 128256 --rounds 5", HEAD_ON_CPU),
-    "step": (
-        "--prompt 512 --new 128 --rounds 2",
-        "--questions 1 --traces 2 --prompt 8 --new 4 --answer 4 --rounds 1",
-    ),
+    "step": ("--prompt 512 --new 128 --rounds 2", STEP_ON_CPU),
+    "step_135m": ("--prompt 96 --new 64 --rounds 3", STEP_ON_CPU),
     "peer": ("transformers" if find_spec("transformers") else "dense", "dense"),
 }
 
 
-def run(section: Section, limit: float, words: dict[str, str], log: Path) -> dict:
-    """One section -> its name, command, outcome, seconds, and the last lines it printed."""
-    name, _, lines, command = section
+def run(section: Section, limit: float, words: dict[str, str]) -> tuple[dict, str]:
+    """One section -> its row: name, commands, outcome, seconds, last lines; all that it printed."""
+    name, _, lines, commands = section
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+") as printed, log.open("a") as errors:
-        print(f"\n==== {name}: python {command}", file=errors, flush=True)
+    row = {"name": name, "commands": [each.format(**words | {"work": "WORK"}) for each in commands]}
+    printed, output = "", ""
+    for command in commands:
+        left = limit - (time.monotonic() - began)
+        row["outcome"], out, errors = run_command(command.format(**words), left)
+        printed += out
+        output += f"\n==== {name}: python {command}\n{errors}{out}"
+        if row["outcome"] != "ok":
+            printed += "\n".join(errors.splitlines()[-3:])
+            break
+    row["seconds"] = round(time.monotonic() - began, 1)
+    shown = printed.splitlines()
+    if row["outcome"] == "ok" and shown and shown[-1].startswith("{"):
+        row["result"] = json.loads(shown.pop())
+    return row | {"printed": [line[:200] for line in shown[-lines:]]}, output
+
+
+def run_command(command: str, limit: float) -> tuple[str, str, str]:
+    """-> outcome, what it printed to stdout and to stderr."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, *shlex.split(command.format(**words))],
+            [sys.executable, *shlex.split(command)],
             cwd=machine.ROOT,
             stdout=printed,
             stderr=errors,
@@ -123,37 +162,33 @@ def run(section: Section, limit: float, words: dict[str, str], log: Path) -> dic
                 pass  # all have ended
             process.wait()
         printed.seek(0)
-        text = printed.read()
-        shown = text.splitlines()
-        if outcome != "ok":
-            stderr = log.read_text().rpartition("\n==== ")[2]
-            shown += stderr.splitlines()[1:][-3:]
-        errors.write(text)
-    row = {"name": name, "outcome": outcome}
-    row["command"] = command.format(**words | {"work": "WORK"})
-    row["seconds"] = round(time.monotonic() - began, 1)
-    if outcome == "ok" and shown and shown[-1].startswith("{"):
-        row["result"] = json.loads(shown.pop())
-    return row | {"printed": [line[:200] for line in shown[-lines:]]}
+        errors.seek(0)
+        return outcome, printed.read(), errors.read()
 
 
-def run_all(sections: list[Section], total: float, words: dict[str, str], out: Path) -> bool:
-    """Runs the sections, writes gpu.json and gpu.log -> whether all were ok."""
+def run_all(groups: list[list[Section]], total: float, words: dict[str, str], out: Path) -> bool:
+    """Runs the sections, those of a group side by side; writes gpu.json and gpu.log -> all ok?"""
     began = time.monotonic()
     result = machine.circumstances(words["device"], "triton", "transformers") | {"sections": []}
     rows = result["sections"]
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu.log"
     log.write_text("")
-    with tempfile.TemporaryDirectory() as work:
-        for section in sections:
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor() as pool:
+        words = words | {"work": work}
+        for group in groups:
             left = total - (time.monotonic() - began)
-            print(f"{section[0]}, {left:.0f} s left", file=sys.stderr, flush=True)
-            if left > 1:
-                rows.append(run(section, min(section[1], left), words | {"work": work}, log))
-            else:
-                rows.append({"name": section[0], "outcome": "no time left"})
-            (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{', '.join(row[0] for row in group)}: {left:.0f} s left", file=sys.stderr)
+            if left < 1:
+                rows += [{"name": section[0], "outcome": "no time left"} for section in group]
+                continue
+            futures = [pool.submit(run, one, min(one[1], left), words) for one in group]
+            for future in as_completed(futures):
+                row, output = future.result()
+                rows.append(row)
+                with log.open("a") as file:
+                    file.write(output)
+                (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{machine.headline(result)}; {time.monotonic() - began:.0f} s")
     for row in rows:
         print(f"---- {row['name']}: {row['outcome']}, {row.get('seconds', 0)} s")
@@ -164,6 +199,7 @@ def run_all(sections: list[Section], total: float, words: dict[str, str], out: P
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="not all, but these")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     flags = parser.parse_args()
     here = torch.cuda.is_available() or flags.dry_run
@@ -171,9 +207,12 @@ def main() -> None:
     if flags.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the sections
     patience = 10 if flags.dry_run else 1  # a busy CPU is no failure
-    sections = [(name, patience * limit, *rest) for name, limit, *rest in SECTIONS]
+    groups = []
+    for group in (CHECKS, *([section] for section in TIMINGS)):
+        chosen = [one for one in group if not flags.only or one[0] in flags.only]
+        groups.append([(name, patience * limit, *rest) for name, limit, *rest in chosen])
     words = {word: values[flags.dry_run] for word, values in WORDS.items()}
-    sys.exit(not run_all(sections, patience * TOTAL, words, flags.out))
+    sys.exit(not run_all([group for group in groups if group], patience * TOTAL, words, flags.out))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,18 @@ LLAMA = {
     "max_position_embeddings": 131072,
 }
 SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": LLAMA
     | {
         "hidden_size": 2048,

@@ -2,7 +2,6 @@
 
     python bench/sample.py --model DIR --rows 1 8 64 256
     python bench/sample.py --model llama-3.2-1b             random weights (bench/make_model.py)
-    python bench/sample.py --model DIR --cuda-graph         without and with CUDA graphs, in turns
     --json: one JSON object as the last line; --save: bench/results/sample-<device>-<date>-...json
 
 R rows decode together from one prompt. A call that draws n tokens per row makes one prefill and
@@ -41,8 +40,7 @@ from support.errors import exit_on_bad_input, require
 from support.metrics import now
 from support.weights import load_model
 
-COLUMNS = ["rows", "cuda_graph", "tokens_per_s", "step_ms", "prompt_s"]
-COLUMNS += ["bandwidth_share", "matmul_share"]
+COLUMNS = ["rows", "tokens_per_s", "step_ms", "prompt_s", "bandwidth_share", "matmul_share"]
 
 
 # ---- the machine's limits
@@ -94,17 +92,14 @@ def measure(model: Transformer, flags: argparse.Namespace) -> tuple[dict, list[d
     multiplied = products(flags.device, model.lm_head.weight.dtype)
     generator = torch.Generator().manual_seed(0)
     prompt = machine.random_ids(flags.prompt, model.config.vocab_size, generator)
-    graphs = (False, True) if flags.cuda_graph else (False,)
-    cases = [(rows, graph) for rows in flags.rows for graph in graphs]
-    times = {case: ([], []) for case in cases}  # of drawing 1 token per row, and n
+    times = {rows: ([], []) for rows in flags.rows}  # of drawing 1 token per row, and n
     for _ in range(flags.rounds + 1):
-        for case in cases:  # in turns
-            rows, sample.CUDA_GRAPH = case
-            for new, taken in zip((1, flags.new), times[case], strict=True):
+        for rows, both in times.items():  # in turns
+            for new, taken in zip((1, flags.new), both, strict=True):
                 run = partial(sample.sample_traces, rows=rows)
                 taken.append(seconds(run, model, [prompt], rows, new))
     results = []
-    for (rows, graph), taken in times.items():
+    for rows, taken in times.items():
         prompt_s, whole_s = [statistics.median(values[1:]) for values in taken]  # no warm-up
         # On a busy machine the difference of two times can be negative.
         step_s = max((whole_s - prompt_s) / (flags.new - 1), 1e-9)
@@ -112,7 +107,6 @@ def measure(model: Transformer, flags: argparse.Namespace) -> tuple[dict, list[d
         results.append(
             {
                 "rows": rows,
-                "cuda_graph": graph,
                 "tokens_per_s": rows / step_s,
                 "step_ms": 1e3 * step_s,
                 "prompt_s": prompt_s,
@@ -131,10 +125,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=machine.count, nargs="+", default=[1, 8, 64, 256], help="R (1 8 64 256)")
     add("--prompt", type=machine.count, default=96, help="P, tokens of the prompt (96)")
     add("--new", type=machine.count, default=64, help="n, tokens drawn per row, 2 or more (64)")
-    add("--cuda-graph", action="store_true", help="each with CUDA graphs too (needs a GPU)")
     flags = parser.parse_args(argv)
     require(flags.new > 1, "--new 1: the first token is drawn from the prefill, without a step")
-    require(flags.device == "cuda" or not flags.cuda_graph, "--cuda-graph: needs a GPU")
     return flags
 
 

@@ -56,7 +56,7 @@ from data import Example, Trace
 from sample import sample_traces
 from support import distributed
 from support.args import Args
-from support.distributed import gathered_view
+from support.distributed import gather_once, gathered_view
 from support.errors import exit_on_bad_input, require
 from support.metrics import now, peak_memory
 from support.weights import load_model, read_config
@@ -137,6 +137,7 @@ def sample_ours(policy: nn.Module, examples: list[Example], args: Args) -> Group
 def gradient_ours(policy: nn.Module, examples: list[Example], groups: Groups, args: Args) -> None:
     tokenizer = SimpleNamespace(marker_id=MARKER)
     for example, traces in zip(examples, groups, strict=True):
+        gather_once(policy, last=example is examples[-1])
         train_question(policy, tokenizer, example, traces, args)
 
 

@@ -14,6 +14,7 @@ from test_sample import letters
 from torch import Tensor
 
 import model
+import sample
 import train
 from support.weights import save_model
 
@@ -86,3 +87,4 @@ def flash(monkeypatch) -> None:
     """Attention is chosen as on a GPU that has FlashAttention, and computed by the CPU."""
     monkeypatch.setattr(model, "can_use_flash_attention", lambda parameters: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
+    monkeypatch.setattr(sample, "RECORD_AFTER", 0)  # no CUDA graph
