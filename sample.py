@@ -46,10 +46,6 @@ MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Decode steps from one `finish` to the next. It waits until a GPU has computed all that Python has
 # issued, so it is rare there, and ended rows decode up to 15 tokens in vain.
 FINISH_EVERY = {"cuda": 16, "cpu": 1}
-# In FlashAttention, decode steps after these run from a CUDA graph: one launch for the hundreds of
-# kernels of a forward pass, which take longer to launch than to run. It is recorded for the batch as
-# it is: for one that soon shrinks that would not pay.
-RECORD_AFTER = 16
 
 
 @torch.no_grad()
@@ -220,7 +216,6 @@ class DecodeBatch:
         self.number: list[int | None] = [None] * rows  # of the row's trace; None: the row is idle
         self.length_bound = [0] * rows  # `length`; too high where the trace has ended
         self.graph: torch.cuda.CUDAGraph | None = None  # of `forward`, with this number of rows
-        self.steps = 0  # with this number of rows
 
     def admit(self, starts: Iterator[Start]) -> None:
         """Every idle row begins the next trace, as long as there are any."""
@@ -251,22 +246,29 @@ class DecodeBatch:
     def feed(self, model: Transformer, token: Tensor) -> None:
         """The model reads token [rows]; `hidden` then predicts the tokens after it."""
         self.token.copy_(token)
-        if self.graph is None:
-            self.forward(model)
-        else:
+        if self.graph is not None:
             self.graph.replay()
+        else:
+            self.forward(model)
+            if self.flash:
+                self.record(model)
         self.length_bound = [bound + 1 for bound in self.length_bound]
-        self.steps += 1
-        if self.flash and self.steps == RECORD_AFTER:
-            self.graph = torch.cuda.CUDAGraph()
-            # This computes nothing. "thread_local": NCCL's thread may go on asking the GPU.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.forward(model)
 
     def forward(self, model: Transformer) -> None:
         """One forward pass over `token`. In a CUDA graph: every step uses the same memory."""
         self.hidden.copy_(model(self.token[:, None], self)[:, 0])
         self.length += self.live  # where a trace has ended, the next token overwrites this one
+
+    def record(self, model: Transformer) -> None:
+        """Records a CUDA graph of `forward`, in the time of one step; it computes nothing.
+
+        Replayed, the hundreds of kernels of a forward pass are one launch. One by one they take
+        longer to launch than to run, but in a large model with many rows.
+        """
+        self.graph = torch.cuda.CUDAGraph()
+        # "thread_local": NCCL's thread may go on asking the GPU.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.forward(model)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a token per row, k and v [rows, Hkv, 1, D], at the row's own position.
@@ -305,7 +307,6 @@ class DecodeBatch:
         self.number = [self.number[row] for row in busy]
         self.length_bound = [self.length_bound[row] for row in busy]
         self.graph = None
-        self.steps = 0
         keep = torch.tensor(busy, device=self.row.device)
         self.row = self.row[: len(busy)]
         for kv in self.kv:  # in place, and layer by layer: a copy of all might not fit in memory

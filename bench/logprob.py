@@ -2,7 +2,6 @@
 
     python bench/logprob.py                                     # all shapes for this machine
     python bench/logprob.py --shape 1024 4096 128256            # N H V; may be repeated
-    python bench/logprob.py --shape 16384 4096 128256 --variants    # a Hopper GPU: configurations
     --json: one JSON object as the last line; --save: bench/results/logprob-<device>-<date>-...json
 
     mode          fwd: log-probs without gradients; total: log-probs and gradients
@@ -26,7 +25,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.machine import circumstances, conclude, table  # noqa: E402
 from kernels.logprob import linear_logprob  # noqa: E402
-from support.errors import OneLineParser, exit_on_bad_input, require  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -50,13 +48,6 @@ if CUDA:
     SHAPES = [(n, 4096, 128256) for n in (16384, 64, 256, 1024, 4096, 32768)]  # Llama-3.1-8B
     SHAPES += [(16384, 4096, 131072), (16384, 2048, 128256)]  # the shape of published tables; 1B
     SHAPES += [(16384, 4096, 32768), (16384, 4096, 32000), (1937, 4096, 152064)]
-
-# Changes to the configuration HOPPER; tests/test_logprob_compile.py compiles them.
-VARIANTS = {
-    "flatten": {"flatten": True},
-    "specialize": {"warps": 4, "specialize": True},
-}
-
 
 # ---- contenders: (hidden [N, H], weight [V, H], target [N]) -> logp [N]
 
@@ -110,21 +101,6 @@ def contenders() -> dict[str, Callable]:
 
 
 NO_RECOMPUTATION = ("naive", "compiled")
-
-
-@functools.cache
-def variants() -> dict[str, Callable]:
-    """linear_logprob with the configuration HOPPER and with each variant in its place."""
-    from kernels import logprob_triton
-
-    table = logprob_triton.HOPPER
-
-    def run(changes, *inputs) -> Tensor:
-        logprob_triton.HOPPER = replace(table, **changes)
-        return linear_logprob(*inputs, backend="triton")
-
-    configs = {"HOPPER": {}} | VARIANTS
-    return {name: functools.partial(run, changes) for name, changes in configs.items()}
 
 
 # ---- one measurement
@@ -256,7 +232,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--shape", nargs=3, type=int, action="append", metavar=("N", "H", "V"), help=shape_help
     )
     parser.add_argument("--zero", type=float, default=0.0, help="share of zeros in the gradient")
-    parser.add_argument("--variants", action="store_true", help="kernel configurations (Hopper)")
     rounds_help = "timed runs of each (default: 20 on a GPU, 5 on a CPU)"
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 5, help=rounds_help)
     parser.add_argument("--json", action="store_true", help="JSON as the last line")
@@ -266,19 +241,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    hopper = CUDA and torch.cuda.get_device_capability()[0] == 9
-    require(hopper or not args.variants, "--variants: needs a Hopper GPU")
-
     result = circumstances(DEVICE, "triton")
     rows = []
     for shape in args.shape or SHAPES:
         print(f"N, H, V = {shape}", file=sys.stderr, flush=True)
-        functions = variants() if args.variants else contenders()
-        rows += measure(functions, tuple(shape), args.zero, args.rounds)
+        rows += measure(contenders(), tuple(shape), args.zero, args.rounds)
     command = " ".join(["python bench/logprob.py", *sys.argv[1:]])
     result |= dict(dtype=str(DTYPE), rounds=args.rounds, command=command, rows=rows)
     args.dtype = str(DTYPE).removeprefix("torch.")
-    conclude(args, "logprob", result, table(COLUMNS, rows), "variants" * args.variants)
+    conclude(args, "logprob", result, table(COLUMNS, rows))
 
 
 if __name__ == "__main__":

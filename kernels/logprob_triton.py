@@ -56,8 +56,6 @@ class Config:
     warps: int
     group: int = 8  # tiles of the vocabulary in a band
     tma: bool = False  # load tiles by TMA, the bulk copy engine
-    flatten: bool = False  # one loop over (tile, k): loads overlap the work on the last tile
-    specialize: bool = False  # separate warps that load (sm_90; ignored unless 4 warps, no flatten)
 
 
 HOPPER = Config(128, 256, 64, stages=4, warps=8, tma=True)
@@ -135,8 +133,7 @@ def _launch(kernel, config, x, w, temperature: float, *tensors: Tensor | None, *
         kernel[(min(tiles, programs),)](
             x, w, *tensors, n, vocab, x.shape[1], LOG2E / temperature,
             BM=config.bm, BN=config.bn, BK=config.bk, GROUP=config.group, PROGRAMS=programs,
-            TMA=config.tma, FLATTEN=config.flatten, SPECIALIZE=config.specialize,
-            UPCAST=_interpreted_bf16(x),
+            TMA=config.tma, UPCAST=_interpreted_bf16(x),
             num_warps=config.warps, num_stages=config.stages, **flags,
         )  # fmt: skip
 
@@ -165,14 +162,14 @@ def _partials_kernel(
     n, vocab, hidden_size, scale,  # H is a multiple of BK; scale = log2(e) / temperature
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr,
     ENTROPY: tl.constexpr, EVEN_V: tl.constexpr,
 ):  # fmt: skip
     x = _operand(x_ptr, n, hidden_size, BM, BK, TMA)
     w = _operand(w_ptr, vocab, hidden_size, BN, BK, TMA)
     tiles = tl.cdiv(n, BM) * tl.cdiv(vocab, BN)
     first = tl.program_id(0)
-    for tile in tl.range(first, tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for tile in tl.range(first, tiles, PROGRAMS):
         row, c = _tile_position(tile, n, vocab, BM, BN, GROUP)
         col = c * BN
         acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA, UPCAST)
@@ -206,14 +203,14 @@ def _dz_kernel(
     n, vocab, hidden_size, scale,  # vocab = c
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     x = _operand(x_ptr, n, hidden_size, BM, BK, TMA)
     w = _operand(w_ptr, vocab, hidden_size, BN, BK, TMA)
     across = tl.cdiv(vocab, BN)
     tiles = tl.cdiv(n, BM) * across
     first = tl.program_id(0)
-    for tile in tl.range(first, tiles, PROGRAMS, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for tile in tl.range(first, tiles, PROGRAMS):
         row, c = _tile_position(tile, n, vocab, BM, BN, GROUP)
         col = c * BN
         acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA, UPCAST)

@@ -4,10 +4,9 @@ Every configuration of kernels/logprob_triton.py is compiled for its architectur
 that need the most registers (entropy, ragged V). The compiled code must fit the shared memory,
 spill no register, and contain the instructions that make it fast. Two Tritons compile it: the
 installed one, and the oldest one supported, 3.6.0, from .triton-3.6.0/ (filled by `make test`).
-Each runs in its own process, without TRITON_INTERPRET. `make check` also compiles the variants that
-`bench/logprob.py --variants` compares. By hand, one JSON line per kernel:
+Each runs in its own process, without TRITON_INTERPRET. By hand, one JSON line per kernel:
 
-    python tests/test_logprob_compile.py [variants]
+    python tests/test_logprob_compile.py
 """
 
 import json
@@ -16,15 +15,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # of the process that compiles
-
-from bench.logprob import VARIANTS  # noqa: E402
 
 OLDEST = ROOT / ".triton-3.6.0"
 
@@ -40,20 +36,16 @@ CASES = [
     ("HOPPER", 90, "bf16"),
     ("HOPPER_FEW_ROWS", 90, "bf16"),
 ]
-VARIANT_CASES = [(name, 90, "bf16") for name in VARIANTS]
 FLAGS = {"_dz_kernel": {}, "_partials_kernel": dict(ENTROPY=True, EVEN_V=False)}
 
 
 # ---- the process that compiles
-def compile_all(cases: list[tuple[str, int, str]]) -> None:
+def compile_all() -> None:
     from kernels import logprob_triton
 
-    for name, capability, dtype in cases:
+    for name, capability, dtype in CASES:
         for kernel, flags in FLAGS.items():
-            if name in VARIANTS:
-                config = replace(logprob_triton.HOPPER, **VARIANTS[name])
-            else:
-                config = getattr(logprob_triton, name)
+            config = getattr(logprob_triton, name)
             function = getattr(logprob_triton, kernel)
             compiled = compile_kernel(function, config, capability, dtype, flags)
             print(json.dumps(dict(case=[name, kernel]) | describe(compiled)), flush=True)
@@ -71,8 +63,6 @@ def compile_kernel(kernel, config, capability: int, dtype: str, flags: dict):
         GROUP=config.group,
         PROGRAMS=132,
         TMA=config.tma,
-        FLATTEN=config.flatten,
-        SPECIALIZE=config.specialize,
         UPCAST=False,
         **flags,
     )
@@ -125,25 +115,18 @@ def version(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize(
-    "cases", [CASES, pytest.param(VARIANT_CASES, marks=pytest.mark.slow)], ids=["table", "variants"]
-)
-def test_every_kernel_fits_spills_nothing_and_uses_the_fast_instructions(version, cases):
+def test_every_kernel_fits_spills_nothing_and_uses_the_fast_instructions(version):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if version != "installed":  # PYTHONPATH: of `make test-2.11`
         env["PYTHONPATH"] = os.pathsep.join([str(OLDEST), env.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, *(["variants"] if cases is VARIANT_CASES else [])]
-    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run([sys.executable, __file__], env=env, stdout=subprocess.PIPE, text=True)
     rows = {tuple(row["case"]): row for row in map(json.loads, run.stdout.splitlines())}
     assert run.returncode == 0, f"failed to compile after {list(rows)[-1:]}"
-    for name, capability, dtype in cases:
+    for name, capability, dtype in CASES:
         for kernel in FLAGS:
             row = rows[name, kernel]
             assert version in ("installed", row["triton"])
-            found = faults(row, capability, dtype, kernel)
-            if cases is VARIANT_CASES:  # their time will show what spilling costs
-                found = [fault for fault in found if fault != "spills no register"]
-            assert found == [], (name, kernel)
+            assert faults(row, capability, dtype, kernel) == [], (name, kernel)
 
 
 def faults(row: dict, capability: int, dtype: str, kernel: str) -> list[str]:
@@ -173,4 +156,4 @@ def test_every_configuration_of_the_table_is_compiled():
 
 
 if __name__ == "__main__":
-    compile_all(VARIANT_CASES if sys.argv[1:] else CASES)
+    compile_all()

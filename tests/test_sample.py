@@ -344,7 +344,7 @@ def test_every_decode_step_in_flash_attention_issues_the_same_operations_and_ask
 def test_gpu_traces_from_a_cuda_graph_are_the_same(monkeypatch):
     model = tiny.model(3, torch.bfloat16, head_dim=64).cuda()
     traces = sample_traces(model, PROMPTS, 8, 80, seed=SEEDS, stop_ids=[0])
-    monkeypatch.setattr(sample_module, "RECORD_AFTER", 0)  # never
+    monkeypatch.setattr(DecodeBatch, "record", lambda *_: None)
     assert sample_traces(model, PROMPTS, 8, 80, seed=SEEDS, stop_ids=[0]) == traces
 
 
@@ -355,7 +355,7 @@ def test_torchs_own_flash_attention_has_the_arguments_of_a_decode_step(monkeypat
     model = tiny.model(head_dim=8, dtype=torch.bfloat16).to("meta")
     batch = DecodeBatch(model.config, 6, capacity=20, max_new=12, like=model.lm_head.weight)
     with Operations() as operations:
-        batch.feed(model, torch.empty(6, dtype=torch.long, device="meta"))
+        batch.forward(model)
     calls = [shapes for name, shapes in operations.seen if name == "_flash_attention_forward"]
     query, keys = (6, 4, 8), (6 * 20, 2, 8)
     assert calls == [[query, keys, keys, (7,), (7,), (6,)]] * 2
