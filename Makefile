@@ -6,11 +6,14 @@ BIN := .venv/bin
 
 .PHONY: train lab report figure test test-2.11 check clean
 
-# The embedded task, three times: NRT discovers how to think, RLPR's plain mean unlearns it, plain
-# SFT never starts. Two to three minutes on 2 CPU cores.
+# RLPR as published, as near as flags come (README, "Methods are flags").
+RLPR := --aggregator arithmetic_mean --clip-null --null frozen --answer-weight none --filter-std 0.5
+
+# The embedded task, three times: NRT discovers how to think, RLPR unlearns it, plain SFT never
+# starts. Two to three minutes on 2 CPU cores.
 train: .venv/ready
 	$(BIN)/python train.py --out runs/hops --overwrite
-	$(BIN)/python train.py --out runs/hops-rlpr --overwrite --aggregator arithmetic_mean
+	$(BIN)/python train.py --out runs/hops-rlpr --overwrite $(RLPR)
 	$(BIN)/python train.py --out runs/hops-sft --overwrite --traces 0
 	$(BIN)/python examples/hops/compare.py runs/hops runs/hops-rlpr runs/hops-sft
 
@@ -37,17 +40,16 @@ test-2.11: .torch-2.11/ready
 check: .venv/ready-to-test
 	$(BIN)/python -m pytest -m slow
 
-# The README's figure: five methods, five seeds, 25 minutes. All that needs matplotlib here.
-METHODS := weighted_sum_log_prob arithmetic_mean prob log_prob
+# The README's figure: five methods as published, five seeds, 25 minutes. All that needs matplotlib
+# here.
 figure: .venv/ready
 	$(BIN)/pip install --quiet matplotlib==3.11.0
-	for seed in 0 1 2 3 4; do \
-	  for f in $(METHODS); do \
-	    $(BIN)/python train.py --out runs/figure/$$f-$$seed --overwrite --aggregator $$f \
-	      --seed $$seed || exit 1; \
+	for method in "NRT" "RLPR $(RLPR)" "SFT --traces 0" "LaTRO --aggregator log_prob --scale none" \
+	    "VeriFree --aggregator prob --scale none --answer-weight exact"; do \
+	  set -- $$method; name=$$1; shift; \
+	  for seed in 0 1 2 3 4; do \
+	    $(BIN)/python train.py --out runs/figure/$$name-$$seed --overwrite --seed $$seed $$@ || exit 1; \
 	  done; \
-	  $(BIN)/python train.py --out runs/figure/sft-$$seed --overwrite --traces 0 \
-	    --seed $$seed || exit 1; \
 	done
 	$(BIN)/python examples/hops/plot.py runs/figure examples/hops/figure.svg
 

@@ -1,6 +1,6 @@
 """Draws the README's figure: held-out accuracy and trace length over the steps of training.
 
-The folder holds runs of train.py named <method>-<seed>, the method being an aggregator or "sft".
+The folder holds runs of train.py named <method>-<seed>, the method being a name in STYLES.
 Lines are medians over the seeds, areas reach from the smallest to the largest value.
 
     python examples/hops/plot.py runs examples/hops/figure.svg        needs matplotlib
@@ -19,11 +19,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 STYLES = {  # Okabe and Ito's colours: colour-blind readers can tell them apart
-    "weighted_sum_log_prob": {"label": "NRT", "color": "#009E73", "marker": "o", "linewidth": 2.2},
-    "log_prob": {"label": "JLB", "color": "#CC79A7", "marker": "v", "linestyle": "-."},
-    "prob": {"label": "VeriFree", "color": "#E69F00", "marker": "^", "linestyle": ":"},
-    "arithmetic_mean": {"label": "RLPR", "color": "#0072B2", "marker": "s", "linestyle": "--"},
-    "sft": {"label": "plain SFT", "color": "#444444", "marker": "x"},
+    "NRT": {"label": "NRT", "color": "#009E73", "marker": "o", "linewidth": 2.2},
+    "LaTRO": {"label": "LaTRO", "color": "#CC79A7", "marker": "v", "linestyle": "-."},
+    "VeriFree": {"label": "VeriFree", "color": "#E69F00", "marker": "^", "linestyle": ":"},
+    "RLPR": {"label": "RLPR", "color": "#0072B2", "marker": "s", "linestyle": "--"},
+    "SFT": {"label": "plain SFT", "color": "#444444", "marker": "x"},
 }
 
 
@@ -57,7 +57,7 @@ def main(runs: str, out: str) -> None:
     figure, (accuracy, length) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     draw(accuracy, Path(runs), "eval_accuracy", list(STYLES))
     accuracy.set(title="held-out accuracy", ylim=(0, 1.02))
-    sampled = [method for method in STYLES if method != "sft"]  # which samples no traces
+    sampled = [method for method in STYLES if method != "SFT"]  # which samples no traces
     draw(length, Path(runs), "trace_len_mean", sampled)
     length.set(title="length of the sampled traces, tokens", ylim=(0, None))
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", frameon=False)
