@@ -3,9 +3,9 @@
     python preflight.py --model DIR --data pairs.jsonl
     python preflight.py --model DIR --data pairs.jsonl --traces 16 --clip-null --draw race.svg
 
-At first a trace costs the easy tokens of an answer more than it gains on the hard ones: many
-rewards remove thinking. But while traces are sampled, the answer term repairs the cost. This file
-runs that race. Traces of the model and the empty one are scored once, and are of three kinds:
+At first a trace costs the easy tokens of an answer more than it gains on the hard ones, and many
+rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file runs
+that race. Sampled traces and the empty one are scored once, and are of three kinds:
 
     empty
     helpful    raises the uncertain answer tokens by more than HELPS nats together; uncertain are
@@ -16,22 +16,19 @@ The policy is two decisions, to think and then to help, and the state three numb
 
     p = sigmoid(a)    share of traces that think
     q = sigmoid(b)    share of helpful ones among those
-    s                 share of the cost that is repaired: log c of an easy token after a trace
-                      counts as log n + (1 - s) (log c - log n)
+    s                 share of the cost repaired: easy tokens count (1 - s) log c + s log n
 
-A step draws K traces for each question, in shares 1 - p, p q, p (1 - q), and aggregate.credit
-gives their advantages. The pay of a kind is the sum of its advantages over the number of all traces
-drawn; pay_think = pay_helpful + pay_idle. Then, as in training, Adam's steps are no smaller where
-the gradient is small:
+A step draws K traces for each question, in shares 1 - p, p q, p (1 - q). The pay of a kind is the
+sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle. Then
 
     a, b += Adam step of learning rate PUSH along pay_think - p pay_all, pay_helpful - q pay_think
     s    += REPAIR p (1 - s)
 
-A reward keeps thinking where p q exceeds THINKS within --steps, "returns" where fewer than VANISHED
-of the traces thought before, else is lost. No ground truth is used. The rates are those of the
-embedded task at train.py's --lr and proportional to it; examples/hops/race_settings.json has the
-settings they were placed on. Left out: traces shorten bit by bit and get better at helping; tokens
-differ in repair; answers after idle traces teach to ignore traces; warm-up; --answer-weight.
+As in training, Adam's step is no smaller where the gradient is. A reward keeps thinking where p q
+exceeds THINKS within --steps, "returns" where fewer than VANISHED of the traces thought before. No
+ground truth is used. The rates are the embedded task's at train.py's --lr, and proportional to it;
+examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
+by bit and get better at helping; answers after idle traces teach to ignore traces; warm-up.
 """
 
 import math
@@ -103,22 +100,22 @@ def sample_group_scores(
     return groups
 
 
-def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
-    """Shares of the three kinds before the first step and after each, up to --steps, [steps+1, 3].
+def shares_of(kind: Tensor) -> Tensor:
+    return torch.bincount(kind, minlength=3).double() / len(kind)  # [3]
 
-    It ends as soon as helpful traces prevail.
-    """
-    speed = args.lr / Args.lr
-    counts = torch.bincount(torch.cat([group.kind for group in groups]), minlength=3).double()
-    start = counts / counts.sum()
+
+def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
+    """Shares [steps + 1, 3] of the kinds before the first step and after each, until it thinks."""
+    start = shares_of(torch.cat([group.kind for group in groups]))
     helps = start[HELPFUL] / (1 - start[EMPTY]) if start[EMPTY] < 1 else start[HELPFUL]
     logits = torch.stack([1 - start[EMPTY], helps]).logit().clamp(-LARGEST, LARGEST)  # a, b
+    speed = args.lr / Args.lr
     adam = torch.optim.Adam([logits], PUSH * speed, betas=(0.9, 0.95), eps=1e-15, maximize=True)
     generator = torch.Generator().manual_seed(seed)
     history, s, reward_std = [start], 0.0, 0.0
     while len(history) <= args.steps and history[-1][HELPFUL] <= THINKS:
-        first = len(history) <= args.answers_first
-        least_std = math.inf if first else args.filter_std * reward_std  # as in train.py
+        pushed = len(history) > args.answers_first
+        least_std = args.filter_std * reward_std if pushed else math.inf  # as in train.py
         pay, stds = torch.zeros(3, dtype=torch.float64), []
         for i in torch.randint(len(groups), (args.questions,), generator=generator).tolist():
             group, null_logp = groups[i], groups[i].null_logp
@@ -132,8 +129,7 @@ def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
         pay /= args.questions * args.traces
         std = float(torch.stack(stds).mean())
         reward_std = 0.99 * reward_std + 0.01 * std if reward_std else std
-        p, q = logits.sigmoid()
-        think = pay[IDLE] + pay[HELPFUL]
+        (p, q), think = logits.sigmoid(), pay[IDLE] + pay[HELPFUL]
         logits.grad = torch.stack([think - p * pay.sum(), pay[HELPFUL] - q * think])
         s += min(1.0, REPAIR * speed) * float(p) * (1 - s)
         adam.step()
@@ -153,12 +149,12 @@ def fate(history: Tensor) -> str:
 
 def describe(groups: list[Group]) -> str:
     """What traces do before training."""
-    kinds, gain = (torch.cat([getattr(g, name) for g in groups]) for name in ("kind", "gain"))
-    empty, helpful = (kinds == EMPTY).double().mean(), (kinds == HELPFUL).double().mean()
-    text = f"{len(kinds)} traces, {empty:.1%} empty, {helpful:.1%} helpful"
+    kind, gain = (torch.cat([getattr(g, name) for g in groups]) for name in ("kind", "gain"))
+    empty, _, helpful = shares_of(kind)
+    text = f"{len(kind)} traces, {empty:.1%} empty, {helpful:.1%} helpful"
     if not helpful:
         return f"{text}: no trace helps, the best gains {gain.max():+.2f} nats"
-    return f"{text}: these gain {gain[kinds == HELPFUL].mean():+.2f} nats on uncertain tokens"
+    return f"{text}: these gain {gain[kind == HELPFUL].mean():+.2f} nats on uncertain tokens"
 
 
 def draw(histories: dict[str, Tensor], steps: int) -> str:
