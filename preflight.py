@@ -107,8 +107,9 @@ def shares_of(kind: Tensor) -> Tensor:
 def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
     """Shares [steps + 1, 3] of the kinds before the first step and after each, until it thinks."""
     start = shares_of(torch.cat([group.kind for group in groups]))
-    helps = start[HELPFUL] / (1 - start[EMPTY]) if start[EMPTY] < 1 else start[HELPFUL]
-    logits = torch.stack([1 - start[EMPTY], helps]).logit().clamp(-LARGEST, LARGEST)  # a, b
+    thinking = 1 - start[EMPTY]
+    helps = (start[HELPFUL] / thinking).nan_to_num()
+    logits = torch.stack([thinking, helps]).logit().clamp(-LARGEST, LARGEST)  # a, b
     speed = args.lr / Args.lr
     adam = torch.optim.Adam([logits], PUSH * speed, betas=(0.9, 0.95), eps=1e-15, maximize=True)
     generator = torch.Generator().manual_seed(seed)

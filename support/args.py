@@ -100,11 +100,7 @@ class Args:
         "a group whose reward std lies below this times a moving average of earlier steps' gets "
         "advantage 0; its answer is trained (RLPR: 0.5)",
     )
-    answers_first: int = arg(
-        0,
-        "the first steps have no trace term: answers after traces become as fluent as without, "
-        "before rewards act (preflight.py)",
-    )
+    answers_first: int = arg(0, "first steps, in which the answer is trained but no trace")
     marker_weight: float = arg(
         0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
     )
@@ -210,7 +206,7 @@ def add_flag(parser: argparse._ActionsContainer, name: str) -> None:
     text += "" if f.default is None else f" (default: {f.default})"
     kind = f.type if f.type in (int, float) else str
     choices = f.metadata["choices"] or None
-    parser.add_argument(flag_of(f.name), type=kind, default=f.default, choices=choices, help=text)
+    parser.add_argument(flag_of(name), type=kind, default=f.default, choices=choices, help=text)
 
 
 def flag_of(name: str) -> str:
