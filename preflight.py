@@ -1,52 +1,61 @@
-"""Which reward would keep this model thinking? An answer before training, from one batch of traces.
+"""Which reward keeps this model thinking? Computed before training, from one batch of traces.
 
     python preflight.py --model DIR --data pairs.jsonl
+    python preflight.py --model DIR --data pairs.jsonl --traces 16 --clip-null --draw race.svg
 
-K traces per question are sampled and scored as in training, and the empty trace (null think) joins
-each group. The advantages of an aggregator are those of its first update on such groups:
+At first a trace costs the easy tokens of an answer more than it gains on the hard ones, and many
+rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file runs
+that race. Sampled traces and the empty one are scored once, and are of three kinds:
 
-    helpful      mean advantage of the trace that raises a question's uncertain answer tokens most
-    empty        mean advantage of the empty trace of the same questions
-    short, long  mean advantages of the shortest and the longest quarter of the sampled traces
-    corr         correlation of trace length and advantage
-    dead         share of questions whose rewards are all equal: nothing is learnt from them
+    empty
+    helpful    raises the uncertain answer tokens by more than HELPS nats together; uncertain are
+               those of probability below 0.5 after the empty trace, or else the least likely one
+    idle       the rest
 
-An answer token is uncertain where its probability after the empty trace is below 0.5; if none is,
-the least likely one. A question without a trace that raises them counts for neither column. Helpful
-traces need not be right: no ground truth is used. The definition is close to what the weighted sums
-reward, on purpose: it names the traces that thinking could grow from.
+The policy is two decisions, to think and then to help, and the state three numbers:
 
-Verdict: "removes thinking" if the helpful trace's advantage is more than MARGIN below that of the
-empty one: then the first updates teach to stop at once, and helpful traces become too rare to come
-back soon. Less far below, traces shrink first and come back once the answers after them are as
-fluent as without; "keeps thinking" says that of both. "no signal" where no trace helps or more than
-DEAD of the groups are dead. short, long and corr are stable only over a few hundred traces.
+    p = sigmoid(a)    share of traces that think
+    q = sigmoid(b)    share of helpful ones among those
+    s                 share of the cost repaired: easy tokens count (1 - s) log c + s log n
 
-How often the verdict is right is in examples/hops/map.md, for 12 settings of the embedded task;
-MARGIN was placed on seven of them, for K = 8.
+A step draws K traces for each question, in shares 1 - p, p q, p (1 - q). The pay of a kind is the
+sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle. Then
+
+    a, b += Adam step of learning rate PUSH along pay_think - p pay_all, pay_helpful - q pay_think
+    s    += REPAIR p (1 - s)
+
+As in training, Adam's step is no smaller where the gradient is. A reward keeps thinking where p q
+exceeds THINKS within --steps, "returns" where fewer than VANISHED of the traces thought before. No
+ground truth is used. The rates are the embedded task's at train.py's --lr, and proportional to it;
+examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
+by bit and get better at helping; answers after idle traces teach to ignore traces; warm-up.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aggregate import AGGREGATORS, advantages, aggregate, declares, sees_text
+from aggregate import AGGREGATORS, credit, declares, sees_text
 from data import Example, stream_seed
 from evaluate import open_examples
 from model import Transformer
 from reward import score
 from sample import sample_to_marker
-from support.args import model_flags, open_model
-from support.errors import exit_on_bad_input
+from support.args import Args, add_flag, check_args, model_flags, open_model
+from support.errors import InputError, exit_on_bad_input, refusing, require
 from support.tokenizer import Tokenizer
 
-UNCERTAIN = 0.5  # probability of an answer token after the empty trace
-DEAD = 0.9  # share of questions
-MARGIN = 1.55  # of advantages, in units of a group's std
+HELPS = 0.5  # nats
+THINKS, VANISHED = 0.6, 0.1  # shares of all traces
+PUSH, REPAIR = 0.12, 0.25  # per step
+LARGEST = 12.0  # logit: no kind dies out
+EMPTY, IDLE, HELPFUL = range(3)
 # Random rewards are left out, and those that see more than log-probs.
 NAMES = [name for name in AGGREGATORS if not declares(name, "random") and not sees_text(name)]
+OF_TRAINING = "traces questions lr clip_null center scale filter_std answers_first".split()
 
 
 @dataclass
@@ -57,16 +66,14 @@ class Group:
     answer_logp: Tensor  # [K+1, T]
     null_logp: Tensor  # [T]
 
-    def lengths(self) -> Tensor:  # [K+1] tokens
-        return torch.tensor([float(len(ids)) for ids in self.traces])
-
-    def helpful(self) -> int | None:
-        """The trace that raises the uncertain tokens most; None if none raises them."""
-        uncertain = self.null_logp.exp() < UNCERTAIN  # [T]
-        if not uncertain.any():
-            uncertain = self.null_logp == self.null_logp.min()
-        gain = (self.answer_logp - self.null_logp)[:-1, uncertain].sum(dim=1)  # [K]
-        return int(gain.argmax()) if gain.max() > 0 else None
+    def __post_init__(self) -> None:
+        least = self.null_logp.min().clamp(min=math.log(0.5))
+        self.uncertain = self.null_logp <= least  # [T]
+        self.change = self.answer_logp - self.null_logp  # [K+1, T] nats
+        self.gain = self.change[:, self.uncertain].sum(dim=1)  # [K+1]
+        helps = torch.where(self.gain > HELPS, HELPFUL, IDLE)
+        thinks = torch.tensor([len(ids) > 0 for ids in self.traces])
+        self.kind = torch.where(thinks, helps, EMPTY)  # [K+1]
 
 
 @torch.no_grad()
@@ -77,12 +84,13 @@ def sample_group_scores(
     k: int,
     max_trace: int,
     seed: int = 0,
+    temperature: float = 1.0,
 ) -> list[Group]:
     """Groups of K traces and the empty one, sampled and scored as a training step does."""
     marker = tokenizer.marker_id
     prompts = [example.prompt for example in examples]
     seeds = [stream_seed(seed, 0, example.index) for example in examples]
-    sampled = sample_to_marker(model, tokenizer, prompts, k, max_trace, seed=seeds)
+    sampled = sample_to_marker(model, tokenizer, prompts, k, max_trace, temperature, seeds)
     groups = []
     for example, traces in zip(examples, sampled, strict=True):
         scores = score(model, example.prompt, traces, example.answer, marker)
@@ -92,66 +100,111 @@ def sample_group_scores(
     return groups
 
 
-def preflight(groups: list[Group], name: str) -> dict[str, float | str]:
-    """One aggregator's row of the table: the figures above, nan where there are none; verdict."""
-    helpful, empty, lengths, paid, dead = [], [], [], [], 0
-    center = "none" if declares(name, "relative") else "mean"  # as in train.py
-    for group in groups:
-        reward, weight = aggregate(name, group.answer_logp, group.null_logp)
-        advantage = advantages(reward, center, "std", weight)  # [K+1]
-        dead += not advantage.any()
-        lengths.append(group.lengths()[:-1])
-        paid.append(advantage[:-1])
-        best = group.helpful()
-        if best is not None:
-            helpful.append(advantage[best])
-            empty.append(advantage[-1])
-    length, advantage = torch.cat(lengths), torch.cat(paid)  # [N] all sampled traces
-    by_length = advantage[length.argsort(stable=True)]
-    quarter = max(1, len(by_length) // 4)
-    row = {
-        "helpful": mean(helpful),
-        "empty": mean(empty),
-        "short": float(by_length[:quarter].mean()),
-        "long": float(by_length[-quarter:].mean()),
-        "corr": float(torch.corrcoef(torch.stack([length.double(), advantage]))[0, 1]),
-        "dead": dead / len(groups),
-    }
-    return row | {"verdict": verdict(row["helpful"], row["empty"], row["dead"])}
+def shares_of(kind: Tensor) -> Tensor:
+    return torch.bincount(kind, minlength=3).double() / len(kind)  # [3]
 
 
-def verdict(helpful: float, empty: float, dead: float) -> str:
-    if dead > DEAD or math.isnan(helpful):
-        return "no signal"
-    return "keeps thinking" if helpful > empty - MARGIN else "removes thinking"
+def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
+    """Shares [steps + 1, 3] of the kinds before the first step and after each, until it thinks."""
+    start = shares_of(torch.cat([group.kind for group in groups]))
+    thinking = 1 - start[EMPTY]
+    helps = (start[HELPFUL] / thinking).nan_to_num()
+    logits = torch.stack([thinking, helps]).logit().clamp(-LARGEST, LARGEST)  # a, b
+    speed = args.lr / Args.lr
+    adam = torch.optim.Adam([logits], PUSH * speed, betas=(0.9, 0.95), eps=1e-15, maximize=True)
+    generator = torch.Generator().manual_seed(seed)
+    history, s, reward_std = [start], 0.0, 0.0
+    while len(history) <= args.steps and history[-1][HELPFUL] <= THINKS:
+        pushed = len(history) > args.answers_first
+        least_std = args.filter_std * reward_std if pushed else math.inf  # as in train.py
+        pay, stds = torch.zeros(3, dtype=torch.float64), []
+        for i in torch.randint(len(groups), (args.questions,), generator=generator).tolist():
+            group, null_logp = groups[i], groups[i].null_logp
+            odds = (history[-1] / start)[group.kind]
+            drawn = torch.multinomial(odds, args.traces, replacement=True, generator=generator)
+            left = torch.where(group.uncertain, 1, 1 - s)  # [T] of the change
+            logp = null_logp + left * group.change[drawn]  # [K, T]
+            reward, advantage, _ = credit(logp, null_logp, args, least_std=least_std)
+            pay.index_add_(0, group.kind[drawn], advantage)
+            stds.append(reward.std(correction=0))
+        pay /= args.questions * args.traces
+        std = float(torch.stack(stds).mean())
+        reward_std = 0.99 * reward_std + 0.01 * std if reward_std else std
+        (p, q), think = logits.sigmoid(), pay[IDLE] + pay[HELPFUL]
+        logits.grad = torch.stack([think - p * pay.sum(), pay[HELPFUL] - q * think])
+        s += min(1.0, REPAIR * speed) * float(p) * (1 - s)
+        adam.step()
+        p, q = logits.clamp_(-LARGEST, LARGEST).sigmoid()
+        history.append(torch.stack([1 - p, p * (1 - q), p * q]))
+    return torch.stack(history)
 
 
-def mean(values: list[Tensor]) -> float:
-    return float(torch.stack(values).mean()) if values else float("nan")
+def fate(history: Tensor) -> str:
+    steps = len(history) - 1
+    if history[-1, HELPFUL] <= THINKS:
+        return f"lost within {steps} steps"
+    if history[:, EMPTY].max() > 1 - VANISHED:
+        return f"returns at about step {steps}"
+    return f"keeps thinking, helpful traces prevail at step {steps}"
 
 
-def preflight_table(groups: list[Group]) -> list[str]:
-    """The lines that the command prints, best first."""
-    rows = {name: preflight(groups, name) for name in NAMES}
-    order = sorted(rows, key=lambda name: rows[name]["empty"] - rows[name]["helpful"])
-    columns = ("helpful", "empty", "short", "long", "corr", "dead")
-    lines = [f"{'aggregator':26}" + "".join(f"{column:>9}" for column in columns) + "  verdict"]
-    for name in order:
-        cells = "".join(f"{rows[name][column]:+9.2f}" for column in columns[:-1])
-        lines.append(f"{name:26}{cells}{rows[name]['dead']:9.2f}  {rows[name]['verdict']}")
-    return lines
+def describe(groups: list[Group]) -> str:
+    """What traces do before training."""
+    kind, gain = (torch.cat([getattr(g, name) for g in groups]) for name in ("kind", "gain"))
+    empty, _, helpful = shares_of(kind)
+    text = f"{len(kind)} traces, {empty:.1%} empty, {helpful:.1%} helpful"
+    if not helpful:
+        return f"{text}: no trace helps, the best gains {gain.max():+.2f} nats"
+    return f"{text}: these gain {gain[kind == HELPFUL].mean():+.2f} nats on uncertain tokens"
+
+
+def draw(histories: dict[str, Tensor], steps: int) -> str:
+    """SVG, a row per reward: shares of traces that think (grey) and help (blue), over the steps."""
+    parts = []
+    for row, (name, history) in enumerate(histories.items()):
+        parts.append(f'<text y="{60 * row + 40}">{name}</text>')
+        for color, share in (("grey", 1 - history[:, EMPTY]), ("blue", history[:, HELPFUL])):
+            ys = (60 * row + 55 - 50 * share).tolist()
+            points = " ".join(f"{200 + 400 * x / steps:.1f},{y:.1f}" for x, y in enumerate(ys))
+            parts.append(f'<polyline fill="none" stroke="{color}" points="{points}"/>')
+    size = f'width="600" height="{60 * len(histories)}" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
 
 
 def main() -> None:
     parser = model_flags(__doc__)
-    parser.add_argument("--data", required=True, help="JSONL file of question-answer pairs")
-    parser.add_argument("--limit", type=int, default=32, help="pairs of --data, from the top")
-    parser.add_argument("--traces", type=int, default=8, help="K, traces per question")
-    args = parser.parse_args()
-    model, tokenizer = open_model(args, untrained=True)
-    examples = open_examples(args, model, tokenizer)
-    groups = sample_group_scores(model, tokenizer, examples, args.traces, args.max_trace, args.seed)
-    print("\n".join(preflight_table(groups)))
+    add = parser.add_argument
+    add("--data", required=True, help="JSONL file of question-answer pairs")
+    add("--limit", type=int, default=64, help="pairs of --data, from the top")
+    add("--sampled", type=int, default=32, help="traces per question that the race draws from")
+    add("--steps", type=int, default=100, help="of the race")
+    add("--race-seed", type=int, default=0, help="of the draws; --seed: of the sample")
+    add("--draw", metavar="FILE.svg", help="the shares over the steps")
+    for name in OF_TRAINING:
+        add_flag(parser, name)
+    parser.set_defaults(temperature=1.0)
+    given = parser.parse_args()
+    args = Args(**{name: getattr(given, name) for name in [*OF_TRAINING, "temperature", "steps"]})
+    check_args(args)
+    require(min(args.traces, given.sampled) > 0, "--traces, --sampled: should be 1 or more")
+    model, tokenizer = open_model(given, untrained=True)
+    examples = open_examples(given, model, tokenizer)
+    limits = (given.sampled, given.max_trace, given.seed, given.temperature)
+    groups = sample_group_scores(model, tokenizer, examples, *limits)
+    print(describe(groups))
+    histories = {}
+    for name in NAMES:
+        own = replace(args, aggregator=name)
+        try:
+            check_args(own)
+        except InputError as error:
+            print(f"{name:26} {error}")
+            continue
+        histories[name] = race(groups, own, given.race_seed)
+        print(f"{name:26} {fate(histories[name])}", flush=True)
+    if given.draw:
+        with refusing(given.draw):
+            Path(given.draw).write_text(draw(histories, args.steps))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def train_step(
         torch.manual_seed(stream_seed(args.seed, step, example.index))
         last = done % (len(questions) // args.updates) == 0  # of an update
         distributed.gather_once(model, last)
-        least_std = args.filter_std * reward_std
+        # With no trace term yet, no std is large enough.
+        least_std = math.inf if step <= args.answers_first else args.filter_std * reward_std
         outcome = train_question(model, tokenizer, example, traces, args, initial, least_std)
         figures.append(question_figures(outcome))
         first = first or outcome

@@ -24,6 +24,7 @@ tokens are scored by themselves.
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -49,7 +50,7 @@ from aggregate import AGGREGATORS, credit  # noqa: E402
 from data import Example, Pairs  # noqa: E402
 from examples.hops.make import Task, make_trace  # noqa: E402
 from model import Transformer  # noqa: E402
-from preflight import NAMES, preflight, sample_group_scores, verdict  # noqa: E402
+from preflight import NAMES, Group, sample_group_scores  # noqa: E402
 from sample import sample_to_marker, trace_ids  # noqa: E402
 from support.args import Args  # noqa: E402
 from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
@@ -281,7 +282,8 @@ def before_training(
 
     predictor              mean advantage of rightly worked traces - that of the empty ones; None
                            if no trace is rightly worked
-    helpful, empty, dead   figures of preflight.py, which knows no right trace
+    helpful, empty, dead   mean advantages of each question's most helpful trace and of the empty
+                           one, without ground truth; share of questions with equal rewards
     """
     groups = sample_group_scores(model, tokenizer, examples, TRACES, Args.max_trace)
     right, empty = [], []
@@ -297,9 +299,30 @@ def before_training(
         row = {"method": name, "predictor": None, "worked_right": sum(right)}
         if any(right):
             row["predictor"] = float(advantage[right].mean() - advantage[empty].mean())
-        figures = preflight(groups, name)
-        rows.append(row | {figure: figures[figure] for figure in ("helpful", "empty", "dead")})
+        rows.append(row | helpful_and_empty(groups, [advantage for _, advantage, _ in credits]))
     return rows
+
+
+def helpful_and_empty(groups: list[Group], advantages: list[torch.Tensor]) -> dict[str, float]:
+    """What `verdict` needs. A question without a trace that helps counts in `dead` alone."""
+    pairs = [
+        (float(advantage[group.gain.argmax()]), float(advantage[-1]))
+        for group, advantage in zip(groups, advantages, strict=True)
+        if group.gain[:-1].max() > 0
+    ]
+    helpful, empty = map(statistics.mean, zip(*pairs, strict=True)) if pairs else (math.nan,) * 2
+    dead = statistics.mean(not advantage.any() for advantage in advantages)
+    return {"helpful": helpful, "empty": empty, "dead": dead}
+
+
+MARGIN = 1.55  # of advantages; placed on the settings with one hard token and no noise, for K = 8
+
+
+def verdict(helpful: float, empty: float, dead: float) -> str:
+    """The rule that preflight.py had before the race: a baseline for it."""
+    if dead > 0.9 or math.isnan(helpful):
+        return "no signal"
+    return "keeps thinking" if helpful > empty - MARGIN else "removes thinking"
 
 
 # ---- a run
@@ -488,12 +511,12 @@ def before_cell(rows: list[dict]) -> str:
 
 
 def verdicts(rows: list[dict], before: list[dict]) -> str:
-    """Preflight's verdicts against the outcomes, per group of settings."""
+    """Verdicts of the earlier rule against the outcomes, per group of settings."""
     runs, counts = group(rows), {}
     for cell, (line,) in group(before).items():
         if cell not in runs:
             continue
-        # preflight.MARGIN was placed on these settings, and not on the other axes.
+        # MARGIN was placed on these settings, and not on the other axes.
         placed = "placed on" if line["noise"] == 0 and line["hard"] == 1 else "held out"
         said = verdict(line["helpful"], line["empty"], line["dead"])
         most_think = mean_of(runs[cell], "survives") > 0.5

@@ -100,6 +100,7 @@ class Args:
         "a group whose reward std lies below this times a moving average of earlier steps' gets "
         "advantage 0; its answer is trained (RLPR: 0.5)",
     )
+    answers_first: int = arg(0, "first steps, in which the answer is trained but no trace")
     marker_weight: float = arg(
         0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
     )
@@ -182,16 +183,7 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
     for f in fields(Args):
         if f.name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[f.name])
-        text = f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            section.add_argument(flag_of(f.name), action="store_true", help=text)
-            continue
-        text += "" if f.default is None else f" (default: {f.default})"
-        kind = f.type if f.type in (int, float) else str
-        choices = f.metadata["choices"] or None
-        section.add_argument(
-            flag_of(f.name), type=kind, default=f.default, choices=choices, help=text
-        )
+        add_flag(section, f.name)
     args = Args(**vars(parser.parse_args(argv)))
     saved = saved_args(Path(args.out)) if args.resume else None
     if saved:  # the flags that are not given are the run's, not today's defaults
@@ -202,6 +194,19 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
         args = Args(**vars(parser.parse_args(argv)))
     check_args(args)
     return args
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str) -> None:
+    """A field of Args as a flag."""
+    f = Args.__dataclass_fields__[name]
+    text = f.metadata["help"].replace("%", "%%")
+    if f.type is bool:
+        parser.add_argument(flag_of(f.name), action="store_true", help=text)
+        return
+    text += "" if f.default is None else f" (default: {f.default})"
+    kind = f.type if f.type in (int, float) else str
+    choices = f.metadata["choices"] or None
+    parser.add_argument(flag_of(name), type=kind, default=f.default, choices=choices, help=text)
 
 
 def flag_of(name: str) -> str:

@@ -1,13 +1,18 @@
-"""preflight.py: what each reward pays for, on groups worked by hand."""
+"""preflight.py: the race, on groups worked by hand and from the command."""
+
+import math
+import xml.dom.minidom
 
 import pytest
 import tiny
 import torch
 from test_sample import letters
 
-from aggregate import AGGREGATORS, advantages, aggregate
+import preflight
+from aggregate import credit
 from data import Example
-from preflight import MARGIN, Group, main, preflight, sample_group_scores, verdict
+from preflight import EMPTY, HELPFUL, IDLE, NAMES, PUSH, REPAIR, Group, fate, main, race
+from support.args import Args
 from support.weights import save_model
 
 EASY, HARD = 9, 1  # answer tokens
@@ -21,77 +26,154 @@ def group(rows: list[tuple[int, float, float]]) -> Group:
 
 
 # A worked trace costs the easy tokens some probability and makes the hard one likely.
-WORKED, RAMBLING, EMPTY = (12, 0.45, 0.90), (8, 0.50, 0.12), (0, 0.99, 0.12)
-TAXED = group([WORKED, RAMBLING, RAMBLING, EMPTY, EMPTY])
-FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY, EMPTY])
+WORKED, RAMBLING, EMPTY_ONE = (12, 0.45, 0.90), (8, 0.50, 0.12), (0, 0.99, 0.12)
+TAXED = group([WORKED, RAMBLING, RAMBLING, EMPTY_ONE, EMPTY_ONE])
+FREE = group([(12, 0.99, 0.90), (8, 0.99, 0.10), (8, 0.99, 0.10), EMPTY_ONE, EMPTY_ONE])
 
 
-# The worked trace gains on the hard token, and loses on the nine easy ones:
-KEEPS = {
-    "weighted_sum_log_prob": True,  # 0.78 * 2.1 = 1.65; 9 * 0.54 * 0.01 = 0.05
-    "weighted_sum_inverse_prob": True,  # 0.78 / 0.12 = 6.5; 9 * 0.54 / 0.99 = 4.9
-    "arithmetic_mean": False,  # 0.78; 9 * 0.54 = 4.9
-    "log_prob": False,  # log(0.9 / 0.12) = 2.0; 9 log(0.99 / 0.45) = 7.1
-}
+def fate_of(groups: list[Group], name: str, steps: int = 60, **flags) -> str:
+    return fate(race(groups, Args(aggregator=name, steps=steps, **flags))).split()[0]
 
 
-@pytest.mark.parametrize("name", KEEPS)
-def test_the_reward_decides_where_a_trace_costs_easy_tokens(name):
-    row = preflight([TAXED] * 4, name)
-    assert row["verdict"] == ("keeps thinking" if KEEPS[name] else "removes thinking")
-    assert row["dead"] == 0
-    assert preflight([FREE] * 4, name)["verdict"] == "keeps thinking"
-
-
-def test_a_helpful_trace_may_get_less_by_the_margin():
-    assert verdict(helpful=0.0, empty=MARGIN - 0.01, dead=0.0) == "keeps thinking"
-    assert verdict(helpful=0.0, empty=MARGIN + 0.01, dead=0.0) == "removes thinking"
-    # Half the price: log_prob pays the empty trace more, within the margin.
-    row = preflight([group([(12, 0.75, 0.90), (8, 0.75, 0.12), EMPTY, EMPTY])], "log_prob")
-    assert row["helpful"] < row["empty"] and row["verdict"] == "keeps thinking"
-
-
-def test_equal_rewards_or_no_helpful_trace_are_no_signal():
-    row = preflight([group([(5, 0.9, 0.2)] * 4)], "log_prob")
-    assert row["verdict"] == "no signal" and row["dead"] == 1
-    hurts = group([(5, 0.9, 0.1), (4, 0.9, 0.05), EMPTY])
-    assert preflight([hurts], "log_prob")["verdict"] == "no signal"
-
-
-def test_the_figures_are_means_of_the_advantages_that_training_would_use():
-    row = preflight([TAXED, FREE], "arithmetic_mean")
-    paid = []  # [2, K+1]
-    for g in (TAXED, FREE):
-        reward, weight = aggregate("arithmetic_mean", g.answer_logp, g.null_logp)
-        paid.append(advantages(reward, "mean", "std", weight))
-    paid = torch.stack(paid)
-    assert row["empty"] == pytest.approx(float(paid[:, -1].mean()))
-    assert row["helpful"] == pytest.approx(float(paid[:, 0].mean()))
-    # Of 8 sampled traces two are empty, and two have 12 tokens.
-    assert row["short"] == pytest.approx(float(paid[:, 3].mean()))
-    assert row["long"] == pytest.approx(float(paid[:, 0].mean()))
-    lengths = torch.tensor([12, 8, 8, 0] * 2, dtype=torch.float64)
-    correlation = torch.corrcoef(torch.stack([lengths, paid[:, :-1].flatten()]))[0, 1]
-    assert row["corr"] == pytest.approx(float(correlation))
+# ---- kinds
+def test_a_trace_helps_if_it_raises_the_uncertain_tokens_by_half_a_nat():
+    assert TAXED.kind.tolist() == [HELPFUL, IDLE, IDLE, EMPTY, EMPTY]
+    assert TAXED.gain[0] == pytest.approx(math.log(0.90 / 0.12))
+    half = group([(1, 0.99, 0.12 * math.exp(0.49)), (1, 0.99, 0.12 * math.exp(0.51)), EMPTY_ONE])
+    assert half.kind.tolist() == [IDLE, HELPFUL, EMPTY]
+    # Where nothing is uncertain, the least likely token counts.
+    sure = group([(1, 0.9, 0.95), (1, 0.9, 0.5), (0, 0.9, 0.6)])
+    assert sure.gain.tolist() == pytest.approx([math.log(0.95 / 0.6), math.log(0.5 / 0.6), 0])
 
 
 def test_the_groups_are_sampled_traces_and_the_empty_one(tmp_path):
+    """Of prompt and answer ids alone: question and gold text are empty."""
     model, tokenizer = tiny.model(3), letters(tmp_path)
     examples = [Example(i, [1 + i, 2], [3, 4, 5], "", "") for i in range(3)]
-    for group in sample_group_scores(model, tokenizer, examples, k=4, max_trace=6, seed=7):
-        assert group.answer_logp.shape == (5, 3)
-        assert torch.equal(group.answer_logp[-1], group.null_logp)
-        assert group.lengths()[-1] == 0 and (group.lengths() <= 6).all()
+    for made in preflight.sample_group_scores(model, tokenizer, examples, 4, 6, seed=7):
+        assert made.answer_logp.shape == (5, 3)
+        assert torch.equal(made.answer_logp[-1], made.null_logp)
+        assert made.traces[-1] == [] and max(map(len, made.traces)) <= 6
 
 
-def test_the_command_prints_a_line_for_every_aggregator_but_the_random_one(
-    tmp_path, monkeypatch, capsys
+# ---- the equations
+def test_the_first_step_is_adams_whole_step_towards_what_is_paid():
+    """Adam's first step has the size of its learning rate, whatever the gradient."""
+    for name, sign in (("weighted_sum_log_prob", 1), ("arithmetic_mean", -1)):
+        args = Args(aggregator=name, steps=1, questions=64, lr=2 * Args.lr)
+        start, after = race([TAXED], args)
+        think = torch.stack([start[1:].sum(), after[1:].sum()])
+        moved = think.logit().diff().item()
+        assert moved == pytest.approx(2 * sign * PUSH, rel=1e-9)
+
+
+def test_the_race_is_its_equations_recomputed_step_by_step(monkeypatch):
+    drawn = []  # (logp, advantage) per question
+
+    def recorded(logp, *given, **flags):
+        reward, advantage, omega = credit(logp, *given, **flags)
+        drawn.append((logp, advantage))
+        return reward, advantage, omega
+
+    monkeypatch.setattr(preflight, "credit", recorded)
+    steps, questions, k = 12, 3, 5
+    args = Args(aggregator="r3", steps=steps, questions=questions, traces=k)
+    history = race([TAXED, FREE], args, seed=3)
+
+    p, q = 0.6, 2 / 6  # 10 rows: 4 empty, 2 helpful
+    state = {"a": math.log(p / (1 - p)), "b": math.log(q / (1 - q))}
+    m, v, s = dict.fromkeys(state, 0.0), dict.fromkeys(state, 0.0), 0.0
+    assert len(history) == steps + 1
+    for step in range(1, steps + 1):
+        pay = [0.0, 0.0, 0.0]
+        for logp, advantage in drawn[(step - 1) * questions : step * questions]:
+            for row, A in zip(logp.exp(), advantage, strict=True):
+                hard, easy = float(row[-1]), float(row[0])
+                kind = EMPTY if abs(hard - 0.12) < 1e-9 and easy > 0.98999 else IDLE
+                kind = HELPFUL if hard > 0.5 else kind
+                # An idle trace of FREE has a hard token of 0.10.
+                pay[kind] += float(A) / (questions * k)
+                cost = math.log(0.99 / {HELPFUL: 0.45, IDLE: 0.50, EMPTY: 0.99}[kind])
+                if easy < 0.98999:
+                    assert math.log(0.99 / easy) == pytest.approx((1 - s) * cost)
+        gradients = {
+            "a": pay[IDLE] + pay[HELPFUL] - p * sum(pay),
+            "b": pay[HELPFUL] - q * (pay[IDLE] + pay[HELPFUL]),
+        }
+        for name, g in gradients.items():
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.95 * v[name] + 0.05 * g * g
+            size = math.sqrt(v[name] / (1 - 0.95**step)) + 1e-15
+            state[name] += PUSH * m[name] / (1 - 0.9**step) / size
+        s += REPAIR * p * (1 - s)
+        p, q = (1 / (1 + math.exp(-state[name])) for name in "ab")
+        expected = [1 - p, p * (1 - q), p * q]
+        assert history[step].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_credit_gets_the_flags_and_no_push_comes_in_the_first_steps(monkeypatch):
+    least = []
+
+    def recorded(logp, null_logp, args, least_std):
+        least.append(least_std)
+        assert logp.shape[0] == 5 and args.scale == "none"
+        return credit(logp, null_logp, args, least_std=least_std)
+
+    monkeypatch.setattr(preflight, "credit", recorded)
+    flags = dict(traces=5, questions=1, scale="none", filter_std=0.5, answers_first=3, steps=6)
+    history = race([TAXED], Args(aggregator="prob", **flags))
+    assert torch.allclose(history[1:4], history[0]) and not torch.allclose(history[6], history[0])
+    assert least[:3] == [math.inf] * 3 and 0 < least[3] < math.inf
+
+
+# ---- fates
+def test_the_reward_decides_where_a_trace_costs_easy_tokens():
+    for name in ("weighted_sum_log_prob", "weighted_sum_inverse_prob"):
+        assert fate_of([TAXED], name) == "keeps"
+    assert fate_of([TAXED], "arithmetic_mean") == "lost"
+    assert fate_of([TAXED], "arithmetic_mean", clip_null=True) == "keeps"
+    assert fate_of([TAXED], "arithmetic_mean", answers_first=30) == "keeps"
+    assert {fate_of([FREE], name) for name in NAMES} == {"keeps"}
+
+
+def test_what_comes_back_after_traces_vanished_returns():
+    history = torch.tensor([[0.4, 0.5, 0.1], [0.95, 0.04, 0.01], [0.3, 0.05, 0.65]])
+    assert fate(history) == "returns at about step 2"
+    assert fate(history[:2]) == "lost within 1 steps"
+    assert fate(history[[0, 2]]) == "keeps thinking, helpful traces prevail at step 1"
+
+
+def test_the_same_seed_gives_the_same_race_and_no_other_random_stream_moves():
+    args, state = Args(aggregator="prob", steps=5), torch.get_rng_state()
+    first, same, other = (race([TAXED, FREE], args, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_groups_of_empty_or_of_helpful_traces_alone_are_no_fault():
+    none = group([EMPTY_ONE] * 3)
+    assert fate_of([none], "log_prob", steps=3) == "lost"
+    assert "no trace helps, the best gains +0.00 nats" in preflight.describe([none])
+    assert fate_of([group([WORKED, WORKED, EMPTY_ONE])], "weighted_sum_log_prob") == "keeps"
+
+
+# ---- the command
+@pytest.mark.parametrize("flags", ["--traces 2", "--traces 8 --clip-null", "--traces 32"])
+@pytest.mark.parametrize("answer", ["a b", "a"])
+def test_a_model_with_random_weights_gets_a_line_for_every_reward(
+    flags, answer, tmp_path, monkeypatch, capsys
 ):
     save_model(tiny.model(9, torch.float32), tmp_path)
     letters(tmp_path / "words").save(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"question": "b c", "answer": "a b"}\n')
-    flags = f"--model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 6 --device cpu"
+    (tmp_path / "rows.jsonl").write_text(f'{{"question": "b c", "answer": "{answer}"}}\n')
+    flags += f" --model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 6 --device cpu"
+    flags += f" --questions 2 --sampled 8 --steps 3 --draw {tmp_path}/race.svg"
     monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()])
     main()
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(AGGREGATORS) - {"exact_match"}
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("9 traces, ") and "nats" in first
+    assert [line.split()[0] for line in lines] == NAMES
+    refused = {line.split()[0] for line in lines if "the null think has no reward" in line}
+    assert refused == ({"r3", "jlb_multi"} if "--clip-null" in flags else set())
+    drawn = xml.dom.minidom.parse(f"{tmp_path}/race.svg")
+    assert len(drawn.getElementsByTagName("polyline")) == 2 * (len(NAMES) - len(refused))

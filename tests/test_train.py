@@ -299,6 +299,24 @@ def test_a_filtered_group_trains_the_answer_alone(micro):
     assert_close(both, answer + gradient(model))
 
 
+def test_the_first_steps_have_no_trace_term(monkeypatch):
+    """--answers-first 2: the third step's gradient is bit for bit that without the flag."""
+    model, args, gradients = tiny_model(), Args(questions=1, traces=8), []
+    traces = sampled_group(model)
+    formula(model, traces, args)[1:].sum().backward()
+    without = gradient(model)
+    monkeypatch.setattr(train_module, "sample_groups", lambda *given: [traces])
+    monkeypatch.setattr(train_module, "update", lambda *given: gradients.append(gradient(model)))
+    monkeypatch.setattr(train_module, "step_figures", lambda *given: {})
+    for step, answers_first in ((1, 2), (2, 2), (3, 2), (1, 0)):
+        own = replace(args, answers_first=answers_first)
+        train_module.train_step(model, TOKENIZER, None, [EXAMPLE], step, own)
+    assert_close(gradients[0], without)
+    assert torch.equal(gradients[1], gradients[0])
+    assert torch.equal(gradients[2], gradients[3])
+    assert not torch.allclose(gradients[3], without)
+
+
 @pytest.mark.parametrize(
     "average, new, expected",
     [(0.0, 0.4, 0.4), (0.4, 0.5, 0.401), (0.4, math.nan, 0.4), (0.0, math.nan, 0.0)],
