@@ -17,10 +17,10 @@ needs no second formula. A function of your own stays in a file of your own:
 
     python train.py --aggregator my_file.py:hardest_token
 
-One that looks at text as well takes five parameters, and in training gets the question's Example,
-its K Traces (data.py) and the Tokenizer:
+One that looks at more takes more parameters, as many as it needs in this order: the question's
+Example, its K Traces (data.py), the Tokenizer, and the traces' Scores (reward.py):
 
-    def brief(logp, null_logp, example, traces, tokenizer):
+    def brief(logp, null_logp, example, traces):
         lengths = logp.new_tensor([len(trace.ids) for trace in traces])
         return logp.mean(dim=1).exp() - 0.01 * lengths
 
@@ -188,7 +188,7 @@ def declares(name: str, attribute: str) -> bool:
 
 
 def sees_text(name: str) -> bool:
-    """Whether the aggregator takes more than the two log-probs: example, traces and tokenizer."""
+    """Whether the aggregator takes more than the two log-probs."""
     return len(signature(find_aggregator(name)).parameters) > 2
 
 
@@ -201,21 +201,22 @@ def aggregate(
     logp [K, T] and null_logp [T] in nats -> reward [K], weight [K, T] = d objective / d logp, both
     detached. The objective is the sum of the K rewards; for jlb_multi it is the bound L, so that
     weight[k] is the softmax over traces of sum_i logp, the same for every token of a trace.
-    text: (example, traces, tokenizer) for a function that sees them.
+    text: (example, traces, tokenizer, scores) for a function that sees them.
     ValueError for an unknown name, or for a reward that is not of shape [K].
     """
     f = find_aggregator(name)
     logp = logp.detach().requires_grad_()
     null_logp = null_logp.detach()
     with torch.enable_grad():
-        reward = f(logp, null_logp, *text) if sees_text(name) else f(logp, null_logp)
+        reward = f(logp, null_logp, *text[: len(signature(f).parameters) - 2])
         if reward.shape != logp.shape[:1]:  # broadcasting would go on with it, and be wrong
             shape = list(reward.shape)
             raise ValueError(f"{name} returned shape {shape}, it should be [{len(logp)}]")
         objective = f.objective(logp) if declares(name, "objective") else reward.sum()
         if not objective.requires_grad:  # made of text alone
             return reward, torch.zeros_like(null_logp).expand_as(logp)
-        (weight,) = torch.autograd.grad(objective, logp)
+        # materialize_grads: 0 where it is made of scores alone
+        (weight,) = torch.autograd.grad(objective, logp, materialize_grads=True)
     return reward.detach(), weight
 
 

@@ -83,7 +83,7 @@ def held_out_figures(
     if args.null == "frozen":
         null_logp = score(initial, example.prompt, [], example.answer, marker).null_logp
     torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in train_step
-    text = (example, traces, tokenizer)
+    text = (example, traces, tokenizer, scores)
     reward, advantage, _ = credit(scores.answer_logp, null_logp, args, text)
     outcome = Outcome(example, traces, scores, null_logp, reward, advantage)
     log.samples(step, tokenizer, outcome, held_out=True)

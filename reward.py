@@ -169,12 +169,17 @@ def micro_batches(traces: Sequence[Trace], size: int) -> list[list[int]]:
 
 
 def prompt_leaves(prompt: Prefill) -> Prefill:
-    """The same values as leaf tensors, which collect the gradients of any number of backwards."""
+    """The same values as leaf tensors, which collect the gradients of any number of backwards.
+
+    Those of frozen layers collect none.
+    """
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
     past = Prefix()
-    past.kv = [
-        (k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prompt.past.kv
-    ]
-    return Prefill(past, prompt.hidden.detach().requires_grad_())
+    past.kv = [(leaf(k), leaf(v)) for k, v in prompt.past.kv]
+    return Prefill(past, leaf(prompt.hidden))
 
 
 def prompt_backward(prompt: Prefill, leaves: Prefill) -> None:

@@ -109,7 +109,7 @@ def train_question(
     if args.null == "frozen":
         with torch.no_grad():
             null_logp = score(initial, example.prompt, [], answer, marker).null_logp
-    text = (example, traces, tokenizer)  # for an aggregator that sees them
+    text = (example, traces, tokenizer, scores)  # for an aggregator that sees them
     reward, advantage, omega = credit(scores.answer_logp, null_logp, args, text, least_std)
     score_seconds = now() - began
 

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 
 from model import Transformer
 from support.errors import InputError, require
-from support.weights import assign, empty_model
+from support.weights import assign, empty_model, tensors_of
 
 T = TypeVar("T")
 
@@ -185,7 +185,6 @@ def gathered_view(model: Transformer) -> Iterator[Transformer]:
         return
     for unit in units:
         unit.unshard()
-    view = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    yield assign(empty_model(model.config), view)
+    yield assign(empty_model(model.config), tensors_of(model))
     for unit in units:
         unit.reshard()

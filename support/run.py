@@ -319,7 +319,7 @@ def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, T
     """AdamW's state by parameter name; zeros, as AdamW starts, where a parameter has none yet."""
     found = {}
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter)
         for key in MOMENTS:
             found[f"{name}.{key}"] = state[key] if state else torch.zeros_like(parameter.detach())
     return found

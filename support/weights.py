@@ -249,6 +249,11 @@ def copy_token_rows(model: Transformer, token: int, source: int) -> None:
 
 
 # ---- writing
+def tensors_of(model: Transformer) -> dict[str, Tensor]:
+    """By parameter name: what is saved, and what the gathered view samples with."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def save_model(
     model: Transformer,
     path: str | Path,
@@ -264,10 +269,10 @@ def save_model(
     True on one of them, whose memory holds the model.
     """
     path, tensors = Path(path), {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in tensors_of(model).items():
         name = file_name(name)
-        dtype = (dtypes or {}).get(name, parameter.dtype)
-        tensor = whole(parameter.detach().to(dtype))  # cast first: less to gather
+        dtype = (dtypes or {}).get(name, tensor.dtype)
+        tensor = whole(tensor.to(dtype))  # cast first: less to gather
         if writes:
             tensors[name] = tensor.cpu().contiguous()
     if not writes:

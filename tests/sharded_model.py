@@ -41,18 +41,30 @@ def collect_in_fp32(model: Transformer) -> None:
         parameter.main_grad = parameter.main_grad + parameter.grad.float()
         parameter.grad = None
 
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.main_grad = torch.zeros(())
         parameter.register_post_accumulate_grad_hook(add)
+
+
+def freeze_lower_half(model: Transformer) -> None:
+    model.embed_tokens.requires_grad_(False)
+    model.layers[:2].requires_grad_(False)
 
 
 def check_gradients(folder: Path, dtype: torch.dtype) -> None:
     """The sum over the ranks is the gradient that a plain model has on all questions."""
     model = distributed.shard(load_model(folder), dtype)
-    for micro_traces, recompute in itertools.product((0, 2), (False, True)):
+    cases = [(*case, False) for case in itertools.product((0, 2), (False, True))]
+    for micro_traces, recompute, frozen in [*cases, (2, False, True)]:
+        if frozen:  # before `shard`, which keeps it
+            model = load_model(folder)
+            freeze_lower_half(model)
+            model = distributed.shard(model, dtype)
         args = Args(questions=distributed.world_size(), traces=4, micro_traces=micro_traces)
         plain = load_model(folder, dtype)
         plain.recompute = model.recompute = recompute
+        if frozen:
+            freeze_lower_half(plain)
         collect_in_fp32(plain)
         for rank in range(distributed.world_size()):
             train_question(plain, TOKENIZER, *question(rank), args)
@@ -60,6 +72,10 @@ def check_gradients(folder: Path, dtype: torch.dtype) -> None:
         if distributed.rank() % 2:  # equal traces: equal rewards, hence no advantage
             assert len(set(outcome.reward.tolist())) == 1 and not outcome.advantage.any()
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert ours.requires_grad == theirs.requires_grad
+            if not theirs.requires_grad:
+                assert ours.grad is None
+                continue
             assert ours.grad.dtype == torch.float32
             apart = (distributed.whole(ours.grad) - theirs.main_grad).norm()
             case = (folder, dtype, micro_traces, recompute, name)

@@ -171,16 +171,39 @@ def test_an_aggregator_of_ones_own_is_named_by_file_and_function(tmp_path):
     torch.testing.assert_close(weight, torch.tensor(least, dtype=torch.float64))
 
 
-def test_a_function_of_five_parameters_sees_example_traces_and_tokenizer(monkeypatch):
-    def brief(logp, null_logp, example, traces, tokenizer):
+@pytest.mark.parametrize("count", [2, 4, 5])
+def test_a_function_sees_as_much_of_its_question_as_it_has_parameters(count, monkeypatch):
+    def brief(logp, null_logp, example, traces):
+        assert example == "the example"
         return logp.mean(dim=1).exp() - torch.tensor([len(trace) for trace in traces]).to(logp)
 
-    monkeypatch.setitem(AGGREGATORS, "brief", brief)
+    def briefer(logp, null_logp, example, traces, tokenizer):
+        assert tokenizer == "the tokenizer"
+        return brief(logp, null_logp, example, traces)
+
+    for f in (brief, briefer):
+        monkeypatch.setitem(AGGREGATORS, f.__name__, f)
     logp, null_logp, _, _ = given("ordinary", torch.float64)
-    text = ("the example", ["a", "abc", "abcdef"], "the tokenizer")
-    reward, weight = aggregate("brief", logp, null_logp, text)
-    mean, mean_weight = aggregate("geometric_mean", logp, null_logp, text)
-    assert torch.equal(reward, mean - torch.tensor([1, 3, 6])) and torch.equal(weight, mean_weight)
+    text = ("the example", ["a", "abc", "abcdef"], "the tokenizer", "the scores")
+    name = {2: "geometric_mean", 4: "brief", 5: "briefer"}[count]
+    reward, weight = aggregate(name, logp, null_logp, text)
+    mean, mean_weight = aggregate("geometric_mean", logp, null_logp)
+    paid = torch.zeros(3) if count == 2 else torch.tensor([1, 3, 6])
+    assert torch.equal(reward, mean - paid) and torch.equal(weight, mean_weight)
+
+
+def test_a_reward_made_of_the_scores_alone_has_no_answer_weight(monkeypatch):
+    """Though their graph is still there."""
+
+    def sure(logp, null_logp, example, traces, tokenizer, scores):
+        return scores.sum(dim=1)
+
+    monkeypatch.setitem(AGGREGATORS, "sure", sure)
+    logp, null_logp, _, _ = given("ordinary", torch.float64)
+    trace_logp = torch.rand(len(logp), 4, requires_grad=True)
+    reward, weight = aggregate("sure", logp, null_logp, (None, None, None, trace_logp.exp()))
+    assert torch.equal(reward, trace_logp.exp().sum(dim=1).detach()) and not weight.any()
+    assert not reward.requires_grad and trace_logp.grad is None
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,13 @@ function drawRuns() {
     "gain, another's trace": (run) => signed(last(run, "eval_gain_shuffled")),
     "trace tokens": (run) => number(last(run, "trace_len_mean"), 1),
   };
-  const settings = differ.map((name) => html("th.text", name));
+  const named = [...new Set(["aggregator", ...differ])];
+  const settings = named.map((name) => html("th.text", name));
   const titles = Object.keys(figures).map((title) => html("th", title));
   byId("runs").append(html("tr", html("th", "run"), ...settings, ...titles));
   runs.forEach((run, i) => {
     const sft = run.settings.traces === 0;
-    const values = differ.map((name) =>
+    const values = named.map((name) =>
       html("td.text", sft && name === "aggregator" ? "– (plain SFT)" : String(run.settings[name])),
     );
     const shown = Object.values(figures).map((value) => html("td", value(run)));
@@ -63,11 +64,12 @@ function drawRuns() {
 
 // ---- curves
 const GAIN_NOTE = "held out; faint: with another question's trace";
+const OWN_NOTE = "of different aggregators not comparable: each run on its own scale";
 const CURVES = [
   { names: ["eval_accuracy"], title: "Accuracy", note: "held-out questions", low: 0 },
   { names: ["eval_gain", "eval_gain_shuffled"], title: "Gain, nats", note: GAIN_NOTE },
   { names: ["trace_len_mean"], title: "Trace length", note: "tokens", low: 0 },
-  { names: ["reward_mean"], title: "Reward", note: "each run on its own scale", own: true },
+  { names: ["reward_mean"], title: "Reward", note: OWN_NOTE, own: true },
   { names: ["entropy"], title: "Entropy", note: "nats per trace token", low: 0 },
   { names: ["dup_frac"], title: "Duplicates", note: "share of equal traces of a question", low: 0 },
 ];
@@ -103,6 +105,7 @@ function drawCurve({ names, title, note, low, own }) {
   );
   const drawn = all.filter((curve) => curve.points.length);
   if (!drawn.length) return "";
+  own &&= drawn.length > 1;
   const points = drawn.flatMap((curve) => curve.points);
   const values = ticks(range(points, low));
   const shared = scale([values[0], values.at(-1)]);
@@ -155,7 +158,10 @@ function drawCurve({ names, title, note, low, own }) {
     const x = ((event.clientX - box.left) / box.width) * WIDTH;
     choose({ step: ((x - LEFT) / (RIGHT - LEFT)) * lastStep });
   };
-  return html("figure", html("figcaption", title, html("small", note)), picture);
+  const scaleOf = ({ i, points }) => `${GLYPHS[i % 6]} ${range(points).map(short).join(" to ")}`;
+  const scales = own ? html("small", drawn.map(scaleOf).join("   ")) : "";
+  const small = html("small", note === OWN_NOTE && !own ? "of the sampled traces" : note);
+  return html("figure", html("figcaption", title, small, scales), picture);
 }
 
 // The curve that a warning is marked on: that of its metric, "name: metric value ...".
