@@ -96,10 +96,17 @@ class Pairs:
 
     def note(self) -> str:
         """What a run says of them in its first lines; empty where there is nothing to say."""
-        if not self.spelled_out:
-            return ""
-        early = f", {self.early_eos} answers go on after an eos" if self.early_eos else ""
-        return f" ({self.spelled_out} spell out special tokens, which they become{early})"
+        text = ""
+        if self.spelled_out:
+            early = f", {self.early_eos} answers go on after an eos" if self.early_eos else ""
+            text = f" ({self.spelled_out} spell out special tokens, which they become{early})"
+        examples = [self[i] for i in range(min(100, len(self)))]
+        ids = [token for e in examples for token in (*e.prompt, *e.answer[:-1])]  # without eos
+        unk = getattr(self.tokenizer.model.model, "unk_token", None)  # byte-level ones have none
+        unknown = unk and ids.count(self.tokenizer.model.token_to_id(unk)) / len(ids)
+        if unknown and unknown > 0.01:
+            text += f" ({unknown:.0%} of their tokens are {unk}: the tokenizer lacks them)"
+        return text
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -9,12 +9,11 @@
     eval_trace_len       tokens of a trace, a sampled marker included, mean
 
 Trace and answer are decoded greedily, so the figures have no random part. An answer is right if it
-ends with an eos token, has no more tokens than the gold answer, and has the same text. --samples M
-adds eval_sampled: the share of right answers among M per question, sampled at temperature 1.
+ends with an eos token, has no more tokens than the gold answer, and has the same text.
 A base without the marker gets it as training does: so it can be scored before and after.
 
     python evaluate.py --model DIR --data test.jsonl          the figures above
-    python evaluate.py ... --predictions FILE --samples 8     and a line per question, as JSON
+    python evaluate.py ... --predictions FILE                 and a line per question, as JSON
     python evaluate.py --model DIR --question Q --gold A      trace, answer, and what the trace does
                                                               to each token of the gold answer
 """
@@ -33,25 +32,13 @@ from data import Example, Pairs, Trace, first_examples, stream_seed
 from model import Transformer
 from reward import score
 from sample import sample_groups, sample_to_marker, sample_traces, think_and_answer, trace_ids
-from support.args import Args, model_flags, open_model
+from support.args import Args, flag_of, model_flags, open_model
 from support.distributed import all_shares, gathered_view, own_share
 from support.errors import exit_on_bad_input, printable, refusing, require
-from support.metrics import Log, Outcome
+from support.metrics import Log, Outcome, Progress
 from support.tokenizer import Tokenizer
 
 FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "trace_len")
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
-) -> dict[str, float]:
-    """The figures over `examples`, at least one.
-
-    Each rank computes its share on a model that is whole; all ranks must call and get the figures
-    of all examples.
-    """
-    return mean_figures(predict(model, tokenizer, examples, max_trace))
 
 
 def mean_figures(rows: list[dict]) -> dict[str, float]:
@@ -76,7 +63,7 @@ def held_out_figures(
     """
     example, marker = examples[0], tokenizer.marker_id
     with gathered_view(model) as view:
-        figures = evaluate(view, tokenizer, examples, args.max_trace)
+        figures = mean_figures(predict(view, tokenizer, examples, args.max_trace))
         (traces,) = sample_groups(view, tokenizer, [example], step, args)
         scores = score(view, example.prompt, traces, example.answer, marker)
     null_logp = scores.null_logp
@@ -94,16 +81,21 @@ def held_out_figures(
 def predict(
     model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
 ) -> list[dict]:
-    """A row for each example of this rank: question, trace, answer, gold as text, and FIGURES."""
+    """A row for each example of this rank: question, trace, answer, gold as text, and FIGURES.
+    The model is whole. All ranks must call."""
     marker = tokenizer.marker_id
     own = own_share(range(len(examples)))  # indices
     mine = [examples[i] for i in own]
-    traces = all_shares(greedy_traces(model, tokenizer, mine, max_trace))  # of all examples
+    shown = Progress("evaluating", len(own), "questions")
+    prompts = [example.prompt for example in mine]
+    groups = sample_to_marker(model, tokenizer, prompts, 1, max_trace, temperature=0.0)
+    traces = all_shares([trace for (trace,) in groups])  # of all examples
     contexts = [trace_ids(traces[i], marker) for i in own]
     answers = sample_answers(model, tokenizer, mine, contexts)
     null_answers = sample_answers(model, tokenizer, mine, [[marker]] * len(mine))
     rows = []
     for i, example, answer, null_answer in zip(own, mine, answers, null_answers, strict=True):
+        shown.update(len(rows))
         pair = [traces[i], traces[(i + 1) % len(traces)]]
         scores = score(model, example.prompt, pair, example.answer, marker)
         gain, shuffled = (scores.answer_logp.sum(dim=1) - scores.null_logp.sum()).tolist()
@@ -120,15 +112,8 @@ def predict(
                 "trace": tokenizer.decode(traces[i].ids, special=True),
             }
         )
+    shown.update(len(own))
     return rows
-
-
-def greedy_traces(
-    model: Transformer, tokenizer: Tokenizer, examples: Sequence[Example], max_trace: int
-) -> list[Trace]:
-    prompts = [example.prompt for example in examples]
-    groups = sample_to_marker(model, tokenizer, prompts, 1, max_trace, temperature=0.0)
-    return [trace for (trace,) in groups]
 
 
 def sample_answers(
@@ -136,17 +121,15 @@ def sample_answers(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     contexts: Sequence[list[int]],
-    temperature: float = 0.0,
-    seed: int = 0,
 ) -> list[Trace]:
-    """An answer after each prompt + context (the trace, with its marker), greedy by default.
+    """The greedy answer after each prompt + context (the trace, with its marker).
 
     It has no more tokens than the gold answer.
     """
     prompts = [[*e.prompt, *context] for e, context in zip(examples, contexts, strict=True)]
     longest = max(len(example.answer) for example in examples)
     stop = tokenizer.eos_ids
-    groups = sample_traces(model, prompts, 1, longest, temperature, stop_ids=stop, seed=seed)
+    groups = sample_traces(model, prompts, 1, longest, temperature=0.0, stop_ids=stop)
     answers = []
     for example, (answer,) in zip(examples, groups, strict=True):
         # `longest` is another example's limit: what comes out must not depend on the batch.
@@ -159,27 +142,6 @@ def sample_answers(
 def is_right(tokenizer: Tokenizer, example: Example, answer: Trace) -> bool:
     gold = tokenizer.decode(example.answer).strip()
     return answer.finished and tokenizer.decode(answer.ids).strip() == gold
-
-
-def sampled_accuracy(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    samples: int,
-    max_trace: int,
-    seed: int = 0,
-) -> float:
-    """Share of right answers among `samples` per example, trace and answer at temperature 1."""
-    prompts = [example.prompt for example in examples]
-    groups = sample_to_marker(
-        model, tokenizer, prompts, samples, max_trace, seed=stream_seed(seed, 0)
-    )
-    marker = tokenizer.marker_id
-    repeated = [example for example in examples for _ in range(samples)]
-    contexts = [trace_ids(trace, marker) for traces in groups for trace in traces]
-    answers = sample_answers(model, tokenizer, repeated, contexts, 1.0, stream_seed(seed, 1))
-    right = [is_right(tokenizer, *pair) for pair in zip(repeated, answers, strict=True)]
-    return sum(right) / len(right)
 
 
 # ---- one question
@@ -238,17 +200,21 @@ def open_examples(
 
 
 def main() -> None:
-    parser = model_flags(__doc__)
+    parser = model_flags(__doc__, question=True)
     parser.add_argument("--data", help="JSONL file of question-answer pairs to score")
     parser.add_argument("--limit", type=int, default=1000, help="pairs of --data, from the top")
     parser.add_argument("--question", help="one question instead, together with --gold")
     parser.add_argument("--gold", help="its gold answer")
     parser.add_argument("--predictions", type=Path, help="JSONL file to write, a line per pair")
-    parser.add_argument("--samples", type=int, help="answers per question for eval_sampled")
     args = parser.parse_args()
     given = [value is not None for value in (args.data, args.question, args.gold)]
     one = given in ([True, False, False], [False, True, True])
     require(one, "give either --data, or --question and --gold")
+    require(args.temperature or not args.seed, "--seed has no effect on greedy decoding")
+    unused = ("limit", "predictions") if args.data is None else ("max_answer", "temperature")
+    for name in unused:
+        default = getattr(args, name) == parser.get_default(name)
+        require(default, f"{flag_of(name)} has no effect {'on' if args.data else 'without'} --data")
     folder = args.predictions and args.predictions.parent
     there = not folder or folder.is_dir()
     require(there, f"--predictions {args.predictions}: there is no folder {folder}")
@@ -262,10 +228,6 @@ def main() -> None:
     examples = open_examples(args, model, tokenizer)
     rows = predict(model, tokenizer, examples, args.max_trace)
     figures = mean_figures(rows)
-    if args.samples:
-        figures["eval_sampled"] = sampled_accuracy(
-            model, tokenizer, examples, args.samples, args.max_trace, args.seed
-        )
     for name, value in figures.items():
         print(f"{name} {value:.4g}")
     if args.predictions:

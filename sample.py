@@ -432,9 +432,10 @@ def think_and_answer(
 
 
 def main() -> None:
-    parser = model_flags(__doc__)
+    parser = model_flags(__doc__, question=True)
     parser.add_argument("--question", required=True, help="the question to answer")
     args = parser.parse_args()
+    require(args.temperature or not args.seed, "--seed has no effect on greedy decoding")
     think_and_answer(*open_model(args), args)
 
 

@@ -47,7 +47,6 @@ The flags are described in support/args.py.
 """
 
 import math
-import shlex
 import sys
 from functools import partial
 
@@ -70,8 +69,8 @@ from reward import (
 from sample import sample_groups
 from support import distributed
 from support.args import Args, check_args, hops_defaults, parse_args
-from support.errors import exit_on_bad_input, python
-from support.metrics import Outcome, now, question_figures, step_figures, time_figures
+from support.errors import command, exit_on_bad_input
+from support.metrics import Outcome, Progress, now, question_figures, step_figures, time_figures
 from support.run import Run
 from support.tokenizer import Tokenizer
 from support.weights import load_model, load_with_marker
@@ -169,9 +168,13 @@ def train_step(
     """
     began = now()
     questions = distributed.own_share(examples)
+    traces = len(questions) * args.traces
+    shown = Progress(f"step {step}: sampling", traces, "traces")
     with distributed.gathered_view(model) as view:
         groups = sample_groups(view, tokenizer, questions, step, args)
+    shown.update(traces)
     sampled = now()
+    shown = Progress(f"step {step}: scoring and training", len(questions), "questions")
 
     lr = args.lr * min(1.0, step / max(1.0, args.warmup_steps))
     figures, norms, first, score_seconds = [], [], None, 0.0
@@ -188,6 +191,7 @@ def train_step(
         score_seconds += outcome.score_seconds
         if last:
             norms.append(update(model, optimizer, lr, args.grad_clip))
+        shown.update(done)
     update_seconds = now() - sampled - score_seconds
 
     figures = distributed.all_shares(figures)  # of all ranks
@@ -286,7 +290,8 @@ def train(args: Args) -> None:
 
     final = run.finish(model, tokenizer)
     log.print(f"wrote {final}, a Hugging Face directory; try:")
-    log.print(f"{python()} sample.py --model {shlex.quote(str(final))} --question ...")
+    log.print(command("sample.py", "--model", str(final), "--question", "..."))
+    log.track("finish")
     distributed.stop()
 
 

@@ -3,6 +3,7 @@
 # Not run yet on a GPU by us: flags and memory are arithmetic, see EXPERIMENTS.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"  # of `make train`, if there is one
 
 flags=(
   --model "${MODEL:?a Hugging Face directory of Llama-3.2-1B}"

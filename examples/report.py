@@ -1,5 +1,6 @@
 """One HTML page of one or several runs of train.py: curves, settings that differ, and traces.
 
+    python examples/report.py RUN [RUN ...]               writes report.html into the first folder
     python examples/report.py RUN [RUN ...] -o page.html
 
 The page is one file without network or server; it opens from disk. Its heart are the K traces of a
@@ -33,7 +34,7 @@ SAMPLE_BYTES = 2_000_000  # of all samples of a page
 CURVES = ("eval_accuracy", "eval_gain", "eval_gain_shuffled")
 # Figures of sampled traces. Plain SFT samples none.
 TRACE_CURVES = ("trace_len_mean", "entropy", "dup_frac", "reward_mean")
-NO_SETTINGS = ("out", "resume", "overwrite")
+NO_SETTINGS = ("out", "resume", "overwrite", "command", "tracker")
 # The settings that the page computes advantages with.
 OF_REWARD = ("aggregator", "center", "scale", "clip_null", "traces")
 
@@ -134,11 +135,13 @@ def make_page(runs: list[dict]) -> str:
 def main() -> None:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="--out of train.py")
-    parser.add_argument("-o", "--out", required=True, type=Path, help="the HTML file to write")
+    text = "the HTML file to write; default: report.html in the first RUN"
+    parser.add_argument("-o", "--out", type=Path, help=text)
     args = parser.parse_args()
     page = make_page([read_run(run, SAMPLE_BYTES // len(args.runs)) for run in args.runs])
-    args.out.write_text(page, encoding="utf-8")
-    print(f"wrote {args.out}, {len(page) / 1e6:.2f} MB; it opens in any browser")
+    out = args.out or args.runs[0] / "report.html"
+    out.write_text(page, encoding="utf-8")
+    print(f"wrote {out}, {len(page) / 1e6:.2f} MB; it opens in any browser")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 # Tested with two torchrun agents on loopback and the embedded task (tests/test_distributed.py), not yet on two machines with GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"  # of `make train`, if there is one
 
 flags=(
   --model "${MODEL:?a Hugging Face directory that both machines see under this path}"

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def arg(default: object, reason: str, choices: Sequence[str] = (), least: float 
     return field(default=default, metadata={"help": reason, "choices": choices, "least": least})
 
 
+HELD_OUT = "examples/hops/test.jsonl"
 # The first flag of each section of --help.
 SECTIONS = {
     "model": "model and data",
@@ -42,9 +44,9 @@ class Args:
     # model and data
     model: str = arg("examples/hops/base", "Hugging Face directory to start from")
     data: str = arg("examples/hops/train.jsonl", "question-answer pairs, JSONL")
-    eval_data: str = arg(
-        "examples/hops/test.jsonl",
-        "held-out pairs; '' = no evaluation (also when only --data is given)",
+    eval_data: str | None = arg(
+        None,
+        "held-out pairs; '' = no evaluation; default: of examples/hops with its --data, else ''",
     )
     marker: str | None = arg(
         None,
@@ -164,11 +166,16 @@ class Args:
         5, "steps between evaluations; also before the first and after the last step", least=1
     )
     eval_questions: int = arg(100, "held-out questions, from the top of the file", least=1)
+    tracker: str = arg("none", "gets the log's figures too", ["none", "wandb", "trackio"])
     save_every: int = arg(10, "steps between checkpoints; also after the last step", least=1)
 
     def __post_init__(self) -> None:
-        if self.data != Args.data and self.eval_data == Args.eval_data:
-            self.eval_data = ""  # the embedded test set says nothing about other data
+        for f in fields(self):  # an args.json may hold anything
+            value, kind = getattr(self, f.name), int | float if f.type is float else f.type
+            if not isinstance(value, kind):
+                raise ValueError(f"{flag_of(f.name)} {value} should be of type {kind}")
+        if self.eval_data is None:  # the embedded test set says nothing about other data
+            self.eval_data = HELD_OUT if self.data == Args.data else ""
         self.warmup_steps = self.warmup * self.steps  # a resumed run keeps the number it began with
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,7 +184,7 @@ class Args:
 
 
 def parse_args(argv: Sequence[str], doc: str) -> Args:
-    """Args from the command line. doc: the command's docstring, for --help."""
+    """Args from the command line, not checked. doc: the command's docstring, for --help."""
     summary, command, examples = doc.partition("\n    python ")
     parser = OneLineParser(description=summary.split("\n")[0], epilog=command + examples)
     for f in fields(Args):
@@ -189,10 +196,15 @@ def parse_args(argv: Sequence[str], doc: str) -> Args:
     if saved:  # the flags that are not given are the run's, not today's defaults
         kept = asdict(saved) | {"resume": True, "overwrite": False}
         if saved.aggregator not in AGGREGATORS:
-            kept.pop("aggregator")  # a file of code: only the command line can ask to run it
+            kept["aggregator"] = ""  # a file of code: only the command line can ask to run it
         parser.set_defaults(**kept)
         args = Args(**vars(parser.parse_args(argv)))
-    check_args(args)
+        text = f"--resume: the reward of {args.out} is a file of code, which runs only if"
+        require(args.aggregator, f"{text} --aggregator {saved.aggregator} is given as well")
+    elif args.resume:
+        embedded = (args.model, args.data) == (Args.model, Args.data)
+        text = f"--resume: there is no {args.out}/args.json of a run; leave it out to begin one"
+        require(not embedded, text)
     return args
 
 
@@ -241,21 +253,23 @@ def check_args(args: Args) -> None:
         find_aggregator(args.aggregator)
     with refusing(f"--device {args.device}"):
         torch.empty(0, device=args.device)
+    installed = args.tracker == "none" or find_spec(args.tracker) is not None
+    check(installed, "tracker", "is not installed")
     relative = declares(args.aggregator, "relative")
     if args.traces == 1:
         text = "every advantage would be 0; take --traces 2 or more, or --center none"
         check(args.center == "none" or relative, "traces center", text)
         text = "one reward has no std; take --scale none"
         check(args.scale == "none", "traces scale", text)
-    if args.traces == 0:
-        text = "plain SFT on the empty trace: --null, --clip-null, --answer-weight mean nothing"
-        defaults = (args.null, args.clip_null, args.answer_weight) == ("policy", False, "fixed")
-        check(defaults, "traces", text)
+    of_traces = "null clip_null answer_weight center scale filter_std micro_traces decode_rows"
+    for name in of_traces.split() if args.traces == 0 else ():
+        default = getattr(args, name) == getattr(Args, name)
+        check(default, f"traces {name}", "has no effect on plain SFT, which samples no trace")
     signed = declares(args.aggregator, "signed") and not args.clip_null
     text = "rewards below 0 have no mean to divide by; take --clip-null or --scale std"
     check(args.scale != "mean" or not signed, "scale aggregator", text)
     alone = not declares(args.aggregator, "group") and not sees_text(args.aggregator)
-    text = "the null think has no reward outside the group"
+    text = "the empty trace has no such reward, which compares traces or sees their text"
     check(alone or not args.clip_null, "clip_null aggregator", text)
 
 
@@ -263,7 +277,7 @@ def check_args(args: Args) -> None:
 # What may differ from the run's args.json when it is resumed; the rest makes it another run.
 MAY_CHANGE = (
     "out resume overwrite steps lr eval_data eval_every eval_questions save_every "
-    "device micro_traces recompute decode_rows"
+    "device micro_traces recompute decode_rows tracker"
 ).split()
 
 
@@ -272,6 +286,7 @@ def saved_args(out: Path) -> Args | None:
     file = out / "args.json"
     with refusing(file):
         values = read_json(file)
+        values.pop("command", None)  # kept for people
         return Args(**values) if values else None
 
 
@@ -287,18 +302,20 @@ def check_same_run(args: Args, saved: Args) -> None:
 
 
 # ---- the flags of sample.py, evaluate.py and preflight.py: which model thinks, and how
-def model_flags(description: str) -> OneLineParser:
+def model_flags(description: str, question: bool = False) -> OneLineParser:
+    """question: with the flags that only a single question has."""
     parser = OneLineParser(description=description)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face directory, a run's final/ for instance")
     add("--max-trace", type=int, default=512, help="tokens")
-    add("--max-answer", type=int, default=512, help="tokens")
-    add("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     add("--seed", type=int, default=0)
     add("--marker", help="default: the model directory's own")
     add("--prompt-format", help="{question} in a text, or chat; default: the model directory's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    if question:
+        add("--max-answer", type=int, default=512, help="tokens")
+        add("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     return parser
 
 

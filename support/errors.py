@@ -10,13 +10,16 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Removes a line of progress (support/metrics.py); empty where stderr is no terminal.
+ERASE = "\r\x1b[K" if sys.stderr.isatty() else ""
 LINE = 1000  # characters of an error; what it quotes may have any length
 
 
@@ -28,6 +31,9 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """The run cannot go on, though its input was fine (the loss stays NaN, say). One line."""
+
+    # Every rank of torchrun raises it, the first one says it.
+    said = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0"
 
 
 class Interrupted(Exception):
@@ -82,7 +88,7 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
 
 def print_line(error: object, code: int, begin: str = "error: ") -> int:
     if not getattr(error, "said", False):
-        print(begin + printable(" ".join(str(error).split()))[:LINE], file=sys.stderr)
+        print(ERASE + begin + printable(" ".join(str(error).split()))[:LINE], file=sys.stderr)
     return code
 
 
@@ -98,11 +104,16 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def python(executable: str = sys.executable) -> str:
-    """The running interpreter in a command that is printed to be pasted: .venv/bin/python where it
-    is inside the project, else python."""
-    path = Path(executable)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "python"
+def python(executable: str | Path = sys.executable) -> str:
+    """The interpreter, or another of the project's files, in a command that is printed to be
+    pasted: .venv/bin/python where it is in the working directory, else the whole path."""
+    path, here = Path(executable), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def command(script: str, *flags: str, launcher: Sequence[str] = ()) -> str:
+    """A line to be pasted where this process was started."""
+    return shlex.join([python(), *launcher, python(ROOT / script), *flags])
 
 
 class OneLineParser(argparse.ArgumentParser):

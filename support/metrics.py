@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from data import Example, Trace
 from reward import RATIO_RANGE, Scores, log_ratio
-from support.errors import TrainingError, python, refusing
+from support.distributed import rank
+from support.errors import ERASE, TrainingError, read_json, refusing
 from support.tokenizer import Tokenizer
 
 
@@ -57,6 +59,9 @@ def question_figures(outcome: Outcome) -> dict:
         "_answer_len": scores.answer_logp.shape[1],
         "_trace_len": [len(trace.ids) for trace in traces],
         "_finished": [trace.finished for trace in traces],
+        "_cut": [trace.cut_id is not None for trace in traces],
+        "_limit": [bool(t.ids) and not t.finished and t.cut_id is None for t in traces],
+        "_actions": scores.trace_mask.sum().item(),  # sampled tokens, cut ones included
         "_entropy_sum": scores.entropy.sum().item(),
         "_distinct": len({tuple(trace.ids) for trace in traces}) / len(traces),
         "_rep": [repeated_4grams(trace.ids) for trace in traces],
@@ -87,7 +92,7 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
 
     updates = len(norms)
     rewards, lengths = of_traces("_reward"), of_traces("_trace_len")
-    trace_tokens = max(1, sum(lengths))
+    actions = max(1, sum(of_questions("_actions")))
     think = of_traces("_gold_logp_think")
     answer_tokens = sum(q["_answer_len"] * len(q["_reward"]) for q in questions)
     losses = [sum(values) / updates for values in zip(*of_questions("_losses"), strict=True)]
@@ -106,12 +111,15 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
         "trace_len_max": max(lengths),
         # within a question; below 0: shorter traces get higher reward
         "len_reward_corr": mean_correlation(of_questions("_trace_len"), of_questions("_reward")),
-        "finished_frac": mean(of_traces("_finished")),  # ended with a sampled marker
-        "entropy": sum(of_questions("_entropy_sum")) / trace_tokens,  # of the sampling distribution
+        # How traces end: with a sampled marker, with another special token, at --max-trace.
+        "finished_frac": mean(of_traces("_finished")),
+        "cut_frac": mean(of_traces("_cut")),
+        "limit_frac": mean(of_traces("_limit")),
+        "entropy": sum(of_questions("_entropy_sum")) / actions,  # of the sampling distribution
         "dup_frac": 1 - mean(of_questions("_distinct")),  # equal to another trace of the question
         "rep_frac": mean(of_traces("_rep")),
         "ratio_max": max(of_questions("_ratio_max")),  # of pi / pi_sampler
-        "clip_frac": sum(of_questions("_clipped")) / trace_tokens,  # tokens outside RATIO_RANGE
+        "clip_frac": sum(of_questions("_clipped")) / actions,  # tokens outside RATIO_RANGE
         # largest |log pi - log pi_sampler| before the first update: rounding, or a bug
         "sampler_gap": max(question["_sampler_gap"] for question in first_update),
         **dict(zip(("trace_loss", "answer_loss", "marker_loss"), losses, strict=True)),
@@ -177,16 +185,38 @@ CONSOLE = {
     "gold_ce": "gold_ce {:.3f}",
     "trace_len_mean": "trace_len {:.1f}",
     "finished_frac": "finished {:.0%}",
+    "cut_frac": "cut {:.0%}",
+    "limit_frac": "at limit {:.0%}",
     "entropy": "entropy {:.2f}",
     "grad_norm": "grad_norm {:.2g}",
     "eval_accuracy": "| eval_accuracy {:.3f}",
     "eval_accuracy_null": "without thinking {:.3f}",
-    "eval_gain": "gain {:+.2f}",
+    "eval_gain": "eval_gain {:+.2f}",
 }
+ENDS = ("finished_frac", "cut_frac", "limit_frac")  # shown where not 0; plain SFT has no traces
+EVERY = 30  # seconds between two lines of progress in a file
+
+
+class Progress:
+    """What rank 0 is doing, on stderr: on a terminal in one line that is rewritten and at the end
+    removed, in a file in a line every 30 seconds."""
+
+    def __init__(self, doing: str, total: int, what: str) -> None:
+        self.text, self.total = f"{doing} {{}}/{total} {what}", total
+        self.said = time.monotonic()
+        self.update(0)
+
+    def update(self, done: int) -> None:
+        line, now = self.text.format(done), time.monotonic()
+        if ERASE and rank() == 0:
+            print(ERASE + line * (done < self.total), end="", file=sys.stderr, flush=True)
+        elif now - self.said > EVERY and rank() == 0:
+            self.said = now
+            print(line, file=sys.stderr, flush=True)
 
 
 class Log:
-    """log.jsonl, samples.jsonl and the console."""
+    """log.jsonl, samples.jsonl, the console and a tracker (wandb or trackio)."""
 
     def __init__(self, out: Path, steps: int, last_step: int, writes: bool = True) -> None:
         """last_step: of the checkpoint that the run continues from, 0 for a new run.
@@ -201,6 +231,18 @@ class Log:
         if writes:
             self.history = drop_lines_after(out / "log.jsonl", last_step)
             drop_lines_after(out / "samples.jsonl", last_step)
+        config = read_json(out / "args.json")
+        self.tracker = config.get("tracker", "none") if writes else "none"
+        self.track("init", project="nrt", name=out.name, config=config)
+
+    def track(self, function: str, *given: object, **named: object) -> None:
+        """Calls the tracker's module. One that fails is left out; the run goes on."""
+        try:
+            if self.tracker != "none":
+                getattr(import_module(self.tracker), function)(*given, **named)
+        except Exception as error:
+            self.print(f"note: {self.tracker}.{function} fails, nothing is tracked: {error}")
+            self.tracker = "none"
 
     def print(self, text: str) -> None:
         if self.writes:
@@ -215,14 +257,17 @@ class Log:
             record["warnings"] = warnings
         self.history.append(record)
         append_line(self.out / "log.jsonl", record)
+        numbers = {name: x for name, x in record.items() if isinstance(x, int | float)}
+        self.track("log", numbers, step=record["step"])
         self.print("\n".join([self.console_line(record), *warnings]))
 
     def console_line(self, record: dict) -> str:
         step = record["step"]
         parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}"]
         for name, text in CONSOLE.items():
-            if record.get(name) is not None:
-                parts.append(text.format(record[name]))
+            value = record.get(name)
+            if value is not None and (value or name not in ENDS):
+                parts.append(text.format(value))
         if record.get("bad_updates"):
             parts.append(f"NOT APPLIED: {record['bad_updates']} update(s) not finite")
         if step > self.last_step:
@@ -300,7 +345,7 @@ def drop_lines_after(file: Path, step: int) -> list[dict]:
 # ---- signs of collapse: one warning per sign and run
 # What to try where the reward pays for short traces: preflight.py shows which reward would keep
 # this model thinking; with --clip-null none pays for stopping (EXPERIMENTS.md).
-OTHER_REWARD = f"another --aggregator ({python()} preflight.py compares them)"
+OTHER_REWARD = "another --aggregator (preflight.py compares them)"
 # The sign; the figure it shows; whether it holds for a line of the log, given the run's first one;
 # what to try. Entropy is no sign: it falls when thinking is learnt as well.
 SIGNS = (
@@ -309,6 +354,12 @@ SIGNS = (
         "trace_len_mean",
         lambda line, first: line["trace_len_mean"] < 3 <= first["trace_len_mean"],
         f"--clip-null, or {OTHER_REWARD}",
+    ),
+    (
+        "unfinished_trace",  # few traces end with the marker; plain SFT samples none
+        "finished_frac",
+        lambda line, first: line["finished_frac"] < 0.2 < line["cut_frac"] + line["limit_frac"],
+        "a longer --max-trace (limit_frac), or another --marker or --prompt-format (cut_frac)",
     ),
     (
         "repeated_trace",  # traces repeat themselves

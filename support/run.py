@@ -24,9 +24,10 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -41,14 +42,17 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageWriter,
 )
 
+from aggregate import AGGREGATORS
 from data import Pairs
 from model import Transformer
 from support.args import Args, check_same_run, flag_of, saved_args
-from support.distributed import gather_objects, on_first_rank, rank, whole
+from support.distributed import gather_objects, launched, on_first_rank, rank, whole
 from support.errors import (
+    ERASE,
     InputError,
     Interrupted,
     TrainingError,
+    command,
     python,
     read_json,
     refusing,
@@ -209,7 +213,10 @@ class Run:
         on_first_rank(self.prepare)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
-        return Log(self.out, self.args.steps, self.step, writes=rank() == 0)
+        log = Log(self.out, self.args.steps, self.step, writes=rank() == 0)
+        if self.args.resume:
+            log.print(f"{self.out} has done {self.step} of {self.args.steps} steps")
+        return log
 
     def prepare(self) -> None:
         with refusing(f"--out {self.out}: cannot be written"):
@@ -219,7 +226,8 @@ class Run:
             for path in found if self.args.overwrite else []:
                 if path.name != "args.json":
                     temporary.append(set_aside(path))
-            write_json(self.out / "args.json", asdict(self.args))
+            pasted = shlex.join([python(), *launcher(), *sys.argv])
+            write_json(self.out / "args.json", asdict(self.args) | {"command": pasted})
             for path in temporary:
                 remove(path)
 
@@ -227,6 +235,10 @@ class Run:
         """The first Ctrl-C or SIGTERM asks the run to stop after its step; a second ends it."""
         self.signal = number
         self.restore_signals(signal.SIG_DFL)
+        if rank() == 0:  # not by print, which the signal may have interrupted
+            text = f"{ERASE}finishing step {max(1, self.step)}; again to stop now\n"
+            with suppress(OSError):  # the same Ctrl-C has ended the tee that reads this
+                os.write(2, text.encode())
 
     def restore_signals(self, interrupt: object = signal.default_int_handler) -> None:
         signal.signal(signal.SIGINT, interrupt)
@@ -257,8 +269,11 @@ class Run:
             self.save_checkpoint(model, optimizer, tokenizer, pairs.digest)
         if stop:
             self.restore_signals()
-            command = shlex.join([python(), "train.py", "--resume", "--out", str(self.out)])
-            text = f"step {self.step} is saved; {command} continues after it"
+            flags = ["--resume", "--out", str(self.out)]
+            if self.args.aggregator not in AGGREGATORS:  # code is never taken from args.json
+                flags += ["--aggregator", self.args.aggregator]
+            pasted = command("train.py", *flags, launcher=launcher())
+            text = f"step {self.step} is saved; {pasted} continues after it"
             stopped = Interrupted(text, stop)
             stopped.said = rank() != 0
             raise stopped
@@ -287,7 +302,8 @@ class Run:
                 dcp.save(moments(model, optimizer), storage_writer=writer)
             if rank() == 0:
                 tokenizer.save(folder)
-                updates = max(int(state["step"]) for state in optimizer.state.values())
+                # A state is empty where no update was finite yet.
+                updates = max(int(state.get("step", 0)) for state in optimizer.state.values())
                 progress = {"step": self.step, "position": self.position, "updates": updates}
                 progress |= {"reward_std": self.reward_std, "data": digest}
                 progress["warmup_steps"] = self.args.warmup_steps
@@ -313,6 +329,12 @@ class Run:
         write_directory(self.out / "final", write)
         self.release()
         return self.out / "final"
+
+
+def launcher() -> list[str]:
+    """torchrun, between the interpreter and train.py; any number of ranks can resume a run."""
+    ranks = f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE')}"
+    return ["-m", "torch.distributed.run", "--standalone", ranks] if launched() else []
 
 
 def moments(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

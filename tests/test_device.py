@@ -34,7 +34,7 @@ COMMANDS = [
     f"{RUN} --out=sharded --dtype=bfloat16 --null=frozen --marker=new --recompute",
     f"{ROOT}/train.py --resume --out=sharded --steps=2",
     f"{ROOT}/sample.py --model=run/final --question=a --device=DEVICE",
-    f"{ROOT}/evaluate.py {ON_ROWS} --limit=2 --samples=2 --predictions=predictions.jsonl",
+    f"{ROOT}/evaluate.py {ON_ROWS} --limit=2 --predictions=predictions.jsonl",
     f"{ROOT}/preflight.py {ON_ROWS}",
     "figures.py DEVICE",
 ]
@@ -124,7 +124,7 @@ def test_a_gpu_answers_and_evaluates_as_a_cpu_does(ran):
     texts = [(folder / "out.txt").read_text().partition("\ntrace   ")[2] for folder in ran]
     # All words from sample.py's output on, sorted: lines of equal figures may change places.
     cpu, gpu = (sorted(re.findall("[a-z_]+", text)) for text in texts)
-    assert cpu == gpu and {"answer", "eval_sampled", "thinking"} <= set(cpu)
+    assert cpu == gpu and {"answer", "eval_gain", "thinking"} <= set(cpu)
     assert_close(*(lines(folder / "predictions.jsonl") for folder in ran))
 
 

@@ -17,7 +17,7 @@ from sharded_model import TOKENIZER, question
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from support import distributed
-from support.args import Args, parse_args
+from support.args import Args, check_args
 from support.distributed import all_shares, own_share
 from support.weights import load_model
 from train import train_question
@@ -243,7 +243,7 @@ def test_one_process_reduces_gradients_once_per_update(dtype, micro_traces, monk
 def test_questions_that_do_not_divide_among_the_processes_are_refused_by_name(monkeypatch):
     launched(monkeypatch)
     with pytest.raises(ValueError, match=r"--questions 6 --updates 2: .* 4 equal shares"):
-        parse_args(["--questions", "6", "--updates", "2"], "")
+        check_args(Args(questions=6, updates=2))
 
 
 def test_a_restart_by_torchrun_is_refused_by_its_flag(monkeypatch):
@@ -252,11 +252,20 @@ def test_a_restart_by_torchrun_is_refused_by_its_flag(monkeypatch):
         distributed.start("cpu", torch.float32)
 
 
-def test_several_processes_refuse_with_one_line_between_them(tmp_path):
-    """The folder is somebody else's: only the first rank looks, and all must end."""
-    (tmp_path / "args.json").write_text("{}")
-    process = start(tmp_path, torchrun=processes(2))
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        # The folder is somebody else's: only the first rank looks, and all must end.
+        ("args.json", "{}", "args.json"),
+        # Every rank finds its gradient not finite.
+        ("mine.py", "def f(logp, null_logp):\n    return logp.sum(1) * float('nan')", "in a row"),
+    ],
+)
+def test_several_processes_end_with_one_line_between_them(file, text, says, tmp_path):
+    (tmp_path / file).write_text(text)
+    own = [] if file == "args.json" else [f"--aggregator={tmp_path / file}:f"]
+    process = start(tmp_path, *own, torchrun=processes(2))
     output = output_of(process)
     lines = [line for line in output.splitlines() if line.startswith("error")]
-    assert process.returncode != 0 and len(lines) == 1 and "args.json" in lines[0], output
+    assert process.returncode != 0 and len(lines) == 1 and says in lines[0], output
     assert 'train.py", line' not in output

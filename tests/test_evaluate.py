@@ -1,7 +1,6 @@
 """evaluate.py: the held-out figures equal their definitions; what the command prints."""
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from test_sample import letters, line, next_logits, slow_trace
 import evaluate
 import sample
 from data import Example, Trace
-from evaluate import FIGURES, sampled_accuracy, show_gains
+from evaluate import FIGURES, mean_figures, predict, show_gains
 from model import Transformer
 from sample import trace_ids
 from support.errors import InputError
@@ -27,6 +26,10 @@ MAX_TRACE = 6
 def example(tokenizer: Tokenizer, question: str, gold: str) -> Example:
     prompt, answer = tokenizer.encode_prompt(question), tokenizer.encode_answer(gold)
     return Example(0, prompt, answer, question, gold)
+
+
+def figures_of(*given) -> dict[str, float]:
+    return mean_figures(predict(*given))
 
 
 def greedy_trace(model: Transformer, tokenizer: Tokenizer, prompt: list[int]) -> Trace:
@@ -94,7 +97,7 @@ def test_held_out_figures_equal_their_definitions(tmp_path):
     assert abs(expected["eval_gain"]) > 0.01
     kinds = {(trace.finished, len(trace.ids) == 6) for trace in traces}
     assert kinds >= {(True, False), (False, True), (False, False)}
-    figures = evaluate.evaluate(model, tokenizer, examples, 6)
+    figures = figures_of(model, tokenizer, examples, 6)
     assert figures == pytest.approx(expected, rel=0, abs=1e-10)
 
 
@@ -110,21 +113,9 @@ def test_a_right_answer_ends_and_is_no_longer_than_the_gold_one_whatever_is_eval
     ends_otherwise = line(8, 9, 3, 2, vocab=10)  # a <eot> <eot> ...: special, but no eos
     for model, right in ((says_it, 1), (says_more, 0), (goes_on, 0), (ends_otherwise, 0)):
         for beside in ([], [long]):
-            figures = evaluate.evaluate(model, tokenizer, [short, *beside], 4)
+            figures = figures_of(model, tokenizer, [short, *beside], 4)
             assert figures["eval_accuracy"] == right / (1 + len(beside))
             assert figures["eval_accuracy_null"] == right / (1 + len(beside))
-
-
-def test_sampled_accuracy_is_the_probability_of_a_right_answer(tmp_path):
-    tokenizer = letters(tmp_path)
-    sure = line(8, 9, 3, 1, vocab=10)  # after "f": the marker m, a, <eos>
-    assert sampled_accuracy(sure, tokenizer, [example(tokenizer, "f", "a")], 4, 6) == 1
-    logits = torch.full((10, 10), -1e4, dtype=torch.float64)
-    logits[8, 9] = logits[3, 1] = logits[4, 1] = 0
-    logits[9, 3], logits[9, 4] = math.log(0.3), math.log(0.7)  # a or b
-    either = [example(tokenizer, "f", gold) for gold in ("a", "b", "b")]
-    share = sampled_accuracy(tiny.chain(logits), tokenizer, either, 500, 6)
-    assert abs(share - (0.3 + 0.7 + 0.7) / 3) < 0.05
 
 
 # ---- the command
@@ -198,7 +189,7 @@ def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
     tokenizer = Tokenizer("base", "<new>", "{question}")
     started = load_with_marker("base", tokenizer, torch.float32, "cpu")
     examples = [example(tokenizer, *row) for row in ROWS]
-    expected = evaluate.evaluate(started, tokenizer, examples, 6)
+    expected = figures_of(started, tokenizer, examples, 6)
     assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
     with pytest.raises(InputError, match="base: has no marker '<new>'"):
         command(monkeypatch, capsys, "--question=b", *asked, main=sample.main, model="base")
@@ -212,6 +203,13 @@ def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
         ("--question=a", "--gold"),
         ("--gold=a --data=rows.jsonl", "--gold"),
         ("--data=rows.jsonl --limit=0", "rows.jsonl"),
+        # No effect there:
+        ("--data=rows.jsonl --temperature=1", "--temperature"),
+        ("--data=rows.jsonl --max-answer=3", "--max-answer"),
+        ("--data=rows.jsonl --seed=3", "--seed"),
+        ("--question=a --gold=a --seed=3", "--seed"),
+        ("--question=a --gold=a --predictions=new.jsonl", "--predictions"),
+        ("--question=a --gold=a --limit=3", "--limit"),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(flags, says, saved, monkeypatch, capsys):

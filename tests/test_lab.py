@@ -11,7 +11,7 @@ import preflight
 from data import Trace
 from examples import lab
 from examples.hops import make
-from support.args import parse_args
+from support.args import check_args, parse_args
 from support.tokenizer import Tokenizer
 
 HOPS = lab.ROOT / "examples" / "hops"
@@ -21,7 +21,7 @@ HOPS = lab.ROOT / "examples" / "hops"
 @pytest.mark.parametrize("grid", lab.GRIDS.values(), ids=lab.GRIDS)
 def test_train_accepts_every_method_of_a_grid_and_every_setting_has_a_name_of_its_own(grid):
     for method in grid.methods:
-        parse_args(lab.flags_of(method), "")
+        check_args(parse_args(lab.flags_of(method), ""))
     assert len(set(grid.methods)) == len(grid.methods)
     assert len({lab.label(vars(task)) for task in grid.tasks}) == len(grid.tasks)
 

@@ -1,16 +1,24 @@
 """support/metrics.py: each sign of collapse is named once; correlation of length and reward."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import BRIEF
 
-from support.metrics import SIGNS, Log, mean_correlation, signs_of_collapse
+import train
+from support.args import parse_args
+from support.metrics import SIGNS, Log, Progress, mean_correlation, signs_of_collapse
 
 # A run that learns to think: nothing to warn of.
 HEALTHY = {
     "trace_len_mean": 12.0,
     "trace_len_max": 20,
     "rep_frac": 0.1,
+    "finished_frac": 0.9,
+    "cut_frac": 0.0,
+    "limit_frac": 0.1,
     "zero_std_frac": 0.95,  # all K traces are right
     "gain": 2.0,
     "gold_logp_null": -3.0,
@@ -22,6 +30,7 @@ SFT = dict.fromkeys(HEALTHY, 0.0) | {"zero_std_frac": 1.0, "eval_trace_len": 1.0
 BAD = {
     "vanishing_trace": {"trace_len_mean": 1.2},
     "repeated_trace": {"rep_frac": 0.8},
+    "unfinished_trace": {"finished_frac": 0.1, "cut_frac": 0.6, "limit_frac": 0.3},
     "dead_groups": {"gain": 0.0, "zero_std_frac": 1.0},
     "trace_ignored": {"eval_gain": 0.5, "eval_gain_shuffled": 0.49},
     "null_drift": {"gold_logp_null": -11.0},
@@ -64,6 +73,70 @@ def test_warnings_are_written_printed_and_not_repeated_after_a_resume(tmp_path, 
         assert capsys.readouterr().out.count(text) == printed
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [len(line.get("warnings", [])) for line in lines] == [0, 0, 1, 0, 0, 0]
+
+
+# ---- the console
+def test_the_console_names_how_traces_ended_and_says_nothing_of_it_in_plain_sft(tmp_path):
+    log = Log(tmp_path, steps=9, last_step=0)
+    held_out = {"eval_accuracy": 0.5, "eval_accuracy_null": 0.1}
+    ended = {"finished_frac": 0.08, "cut_frac": 0.9, "limit_frac": 0.02}
+    line = log.console_line({"step": 1} | HEALTHY | ended | held_out)
+    assert "trace_len 12.0  finished 8%  cut 90%  at limit 2%  " in line
+    assert "  gain +2.00  " in line and "  eval_gain +2.00  " in line
+    line = log.console_line({"step": 1} | HEALTHY | {"finished_frac": 1.0, "limit_frac": 0.0})
+    assert "finished 100%" in line and "cut" not in line and "limit" not in line
+    line = log.console_line({"step": 1} | SFT)
+    assert not any(word in line for word in ("finished", "cut", "limit"))
+
+
+def test_progress_is_one_line_on_a_terminal_and_seldom_one_in_a_file(monkeypatch, capsys):
+    monkeypatch.setattr("support.metrics.EVERY", 0)
+    for terminal in (True, False):
+        monkeypatch.setattr("support.metrics.ERASE", "\r\x1b[K" if terminal else "")
+        shown = Progress("evaluating", 2, "questions")
+        shown.update(1)
+        shown.update(2)
+        error = capsys.readouterr().err
+        if terminal:
+            lines = error.split("\r\x1b[K")
+            assert lines == ["", "evaluating 0/2 questions", "evaluating 1/2 questions", ""]
+        else:
+            assert error.splitlines()[1:] == [f"evaluating {i}/2 questions" for i in (1, 2)]
+    monkeypatch.setattr("support.metrics.EVERY", 30)
+    Progress("evaluating", 2, "questions").update(1)
+    assert capsys.readouterr().err == ""
+
+
+# ---- trackers
+@pytest.mark.parametrize("fails", ["", "init", "log", "finish"])
+def test_a_tracker_gets_flags_and_figures_and_one_that_fails_does_not_end_a_run(
+    fails, world, monkeypatch, capsys
+):
+    stand_in = f"""calls = []
+def call(name, given):
+    calls.append((name, given))
+    if name == {fails!r}:
+        raise RuntimeError("no network")
+def init(**given): call("init", given)
+def log(figures, step): call("log", figures | {{"step": step}})
+def finish(): call("finish", {{}})
+"""
+    Path("trackio.py").write_text(stand_in)
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    argv = ["--model=model", "--data=rows.jsonl", "--out=new", "--tracker=trackio", *BRIEF]
+    train.train(parse_args(argv, ""))
+    calls = sys.modules.pop("trackio").calls
+    names = ["init", "log", "log", "finish"]
+    called = names[: names.index(fails) + 1] if fails else names
+    assert [name for name, _ in calls] == called
+    assert calls[0][1]["config"]["traces"] == 2 and calls[0][1]["name"] == "new"
+    lines = [json.loads(line) for line in Path("new/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for (_, figures), line in zip(calls[1:3], lines, strict=False):
+        assert figures == {name: x for name, x in line.items() if not isinstance(x, list | None)}
+    notes = capsys.readouterr().out.count("nothing is tracked: no network")
+    assert notes == (fails != "")
 
 
 def test_the_correlation_of_length_and_reward_is_taken_within_a_question():

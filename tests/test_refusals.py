@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,7 @@ def flags(command: str, *cases: str) -> list[Case]:
     return made
 
 
+FIVE = "def f(logp, null_logp, example, traces, tokenizer): ..."
 FLAGS = [
     *flags(
         "train",
@@ -200,7 +202,9 @@ FLAGS = [
         "--traces=1",
         "--traces=1 --center=none -> --scale",
         "--traces=0 --clip-null",
-        "--clip-null --aggregator=r3",
+        "--traces=0 --scale=none -> --scale",
+        "--traces=0 --micro-traces=2 -> --micro-traces",
+        "--clip-null --aggregator=r3 -> compares traces",
         "--resume --overwrite",
         "--aggregator=gone.py:f",
         "--model=nowhere -> nowhere",
@@ -221,12 +225,17 @@ FLAGS = [
     ),
     *flags("sample", "--device=cuda:99", "--marker=<new> -> <new>", "--question="),
     *flags("sample", "--question=" + "a " * 3000),
+    *flags("sample", "--seed=3"),
     *flags("evaluate", "--question=a --gold=a", "--predictions=gone/rows.jsonl"),
+    ("train", put("f.py", FIVE), ["--clip-null", "--aggregator=f.py:f"], ["sees their text"]),
 ]
 RUN = [
     ("resume", merge(ARGS, lr=math.nan), [], ["lr"]),
     ("resume", merge(ARGS, center="median"), [], ["center"]),
     ("resume", merge(ARGS, unknown=1), [], ["unknown"]),
+    *[("resume", merge(ARGS, **{name: [2]}), [], [ARGS, name]) for name in ("steps", "lr", "seed")],
+    *[("resume", merge(ARGS, **{name: 2}), [], [ARGS, name]) for name in ("data", "marker")],
+    ("resume", lambda: None, ["--out=typo"], ["typo/args.json"]),
     *[("resume", put(ARGS, text), [], [ARGS]) for text in ("{", '{"somebody": "else"}')],
     ("resume", drop(ARGS), [], ["args.json"]),
     ("resume", merge(PROGRESS, position=None), [], [LAST]),
@@ -251,6 +260,11 @@ def test_what_cannot_be_used_is_refused_in_one_line_that_names_it(case, world, m
     assert_refused(command, given, says, monkeypatch, capfd)
 
 
+def test_a_tracker_that_is_not_installed_is_refused(world, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert_refused("train", ["--tracker=wandb"], ["--tracker wandb: is not"], monkeypatch, capfd)
+
+
 # ---- odd, and used all the same
 def test_special_tokens_that_rows_spell_out_are_counted_and_said(world, monkeypatch, capfd):
     rows = [("a <eot> b", "c"), ("a", "b <eos> c"), ("a", "b <eos>"), ("a", "b")]
@@ -258,6 +272,15 @@ def test_special_tokens_that_rows_spell_out_are_counted_and_said(world, monkeypa
     assert run("train", ["--questions=1"], monkeypatch) == 0
     says = "3 spell out special tokens, which they become, 1 answers go on after an eos"
     assert says in capfd.readouterr().out
+
+
+def test_the_share_of_tokens_that_the_tokenizer_does_not_know_is_said(world, monkeypatch, capfd):
+    put(ROWS, '{"question": "english words a", "answer": "b"}\n')()
+    assert run("train", ["--questions=1", "--prompt-format={question}"], monkeypatch) == 0
+    assert " (50% of their tokens are <" in capfd.readouterr().out
+    put(ROWS, GOOD)()
+    assert run("train", ["--questions=1", "--overwrite"], monkeypatch) == 0
+    assert "of their tokens" not in capfd.readouterr().out
 
 
 def test_a_token_without_a_row_in_the_embedding_is_refused_only_where_a_row_spells_it_out(

@@ -12,6 +12,7 @@ import torch
 
 from aggregate import AGGREGATORS, advantages, aggregate
 from examples import report
+from examples.hops import compare
 from support.errors import InputError
 
 NODE = shutil.which("node")
@@ -118,6 +119,16 @@ def test_the_page_of_the_embedded_task_is_made_of_the_present_scripts():
         assert (report.PARTS / script).read_text("utf-8") in page
 
 
+# ---- runs side by side
+def test_a_run_is_compared_by_its_last_evaluation_whatever_came_after_it_if_any():
+    args = {"traces": 8, "aggregator": "prob"}
+    evaluated = {"eval_accuracy": 0.25, "eval_gain": 1.5, "trace_len_mean": 4.0}
+    name, trace = "VeriFree   held-out accuracy", "   trace  3.0 tokens"
+    shown = compare.line_of(args, [evaluated, {"trace_len_mean": 3.0}])
+    assert shown == f"{name} 0.25{trace}   gain +1.50 nats"
+    assert compare.line_of(args, [{"trace_len_mean": 3.0}]) == f"{name} not evaluated{trace}"
+
+
 # ---- what is read
 def test_a_long_run_is_thinned_but_keeps_its_ends_and_extremes(tmp_path):
     run = report.read_run(write_run(tmp_path / "run", steps=1000), 60_000)
@@ -154,6 +165,9 @@ def test_a_half_written_or_foreign_log_is_refused_in_one_line(tmp_path, file, te
 
 def test_the_command_writes_the_page_and_refuses_with_exit_code_2(tmp_path, monkeypatch, capsys):
     run, out = write_run(tmp_path / "run"), tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run)])
+    report.main()
+    assert (run / "report.html").read_text("utf-8") == page_of(run)
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), "-o", str(out)])
     report.main()
     assert out.read_text("utf-8") == page_of(run)

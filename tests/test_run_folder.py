@@ -5,8 +5,10 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 from test_refusals import COMMANDS, assert_refused, merge, put, run, tensors, tree
 
+import sample
 import train
 from support.args import Args
 from support.weights import load_model, stored_dtypes
 
+ROOT = Path(__file__).parents[1]
 NORM = "model.norm.weight"
 
 
@@ -111,6 +115,33 @@ def test_code_named_in_args_json_runs_only_if_the_command_names_it_too(world, mo
     assert_refused("resume", [], ["--aggregator", "mine.py:f"], monkeypatch, capfd)
     assert not Path("ran").exists()
     assert run("resume", ["--aggregator=mine.py:f"], monkeypatch) == 0
+
+
+def test_every_command_that_a_run_prints_runs_as_it_is(world, monkeypatch, capfd):
+    """After Ctrl-C, with a reward of one's own: the resume. At the end: the question."""
+    put("my own.py", "def f(logp, null_logp):\n    return logp.sum(1)\n")()
+    real = train.sample_groups
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "sample_groups", interrupted)
+        run("train", ["--aggregator=my own.py:f"], patched)
+    stopped = capfd.readouterr().err.splitlines()[-1]
+    for script, line in (("train.py", stopped.split("; ")[1]), ("sample.py", "")):
+        line = line or capfd.readouterr().out.splitlines()[-1]
+        words = shlex.split(line.removesuffix(" continues after it"))
+        assert Path(words[0]).name == Path(sys.executable).name or words[0] == sys.executable
+        assert Path(words[1]).resolve() == ROOT / script
+        monkeypatch.setattr("sys.argv", words[1:])
+        {"train.py": train, "sample.py": sample}[script].main()
+        assert json.loads(Path("new/args.json").read_text())["command"].endswith(
+            shlex.join(words[1:]) if script == "train.py" else ":f'"
+        )
+    assert "answer" in capfd.readouterr().out
+    assert saved("new")[-1] == "checkpoint-000002"
 
 
 # ---- one run at a time
@@ -265,8 +296,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_it_goes_on_f
     monkeypatch.setattr(train, "sample_groups", interrupted)
     assert run("train", flags, monkeypatch) == 128 + number
     assert signal.getsignal(number) == before
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "python train.py --resume --out new" in error
+    said, error = capfd.readouterr().err.splitlines()
+    assert said == "finishing step 2; again to stop now"
+    assert error.startswith("stopped: step 2 is saved; ") and "--resume --out new " in error
     assert saved("new") == ["checkpoint-000002"]
     monkeypatch.setattr(train, "sample_groups", real)
     monkeypatch.setitem(COMMANDS, "resume", (train.main, ["--out=new", "--resume"]))

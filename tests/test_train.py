@@ -23,7 +23,7 @@ from model import Transformer
 from reward import score
 from sample import sample_groups, sample_traces
 from support import distributed
-from support.args import Args, hops_defaults, parse_args
+from support.args import HELD_OUT, Args, check_args, hops_defaults, parse_args
 from support.errors import InputError
 from support.metrics import question_figures, step_figures
 from support.tokenizer import Tokenizer
@@ -403,17 +403,18 @@ def test_the_figures_of_a_step_are_their_definitions():
     now = plain_logp(model, PROMPT, finished).tolist()
     then = plain_logp(model, PROMPT, loop).tolist()
     then[0] -= 0.5  # the ratio is 1.65
+    at_2 = plain_logp(model, PROMPT, [2, EOS]).tolist()
     traces = [
         Trace(finished, now, finished=True),
         Trace(loop, then, finished=False),
         Trace(finished, now, finished=True),
-        Trace([2], plain_logp(model, PROMPT, [2]).tolist(), finished=False),
+        Trace([2], at_2[:1], finished=False, cut_id=EOS, cut_logp=at_2[1]),
     ]
     outcome = train_question(model, TOKENIZER, EXAMPLE, traces, args)
     figures = step_figures([question_figures(outcome)], [math.inf])
 
     entropy = 0.0
-    for ids in (finished, loop, finished, [2]):
+    for ids in (finished, loop, finished, [2, EOS]):
         hidden = model(torch.tensor([PROMPT + ids]))[0, len(PROMPT) - 1 : -1]
         logp = (hidden @ model.lm_head.weight.T).log_softmax(-1)
         entropy -= (logp.exp() * logp).sum().item()
@@ -433,11 +434,13 @@ def test_the_figures_of_a_step_are_their_definitions():
         "trace_len_min": 1,
         "trace_len_max": 9,
         "finished_frac": 0.5,
-        "entropy": entropy / 14,
+        "cut_frac": 0.25,
+        "limit_frac": 0.25,
+        "entropy": entropy / 15,  # the cut token was sampled as well
         "dup_frac": 0.25,
         "rep_frac": (2 / 6) / 4,  # 4-grams 0121, 1210, 2101, 1012, and the first two again
         "ratio_max": math.exp(0.5),
-        "clip_frac": 1 / 14,
+        "clip_frac": 1 / 15,
         "sampler_gap": 0.5,
         "loss": outcome.losses.sum().item(),
         "grad_norm": math.inf,
@@ -460,9 +463,10 @@ BRIEF |= dict(eval_questions=4, eval_every=2, device="cpu")
 WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
 # The stable names: dashboards and scripts rely on them.
 KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think
-gold_logp_null gain gold_ce trace_len_mean trace_len_min trace_len_max finished_frac entropy
-dup_frac rep_frac ratio_max clip_frac sampler_gap trace_loss answer_loss marker_loss loss grad_norm
-bad_updates lr skipped_long tokens_per_s sec_sample sec_score sec_update mem_gb""".split()
+gold_logp_null gain gold_ce trace_len_mean trace_len_min trace_len_max finished_frac cut_frac
+limit_frac entropy dup_frac rep_frac ratio_max clip_frac sampler_gap trace_loss answer_loss
+marker_loss loss grad_norm bad_updates lr skipped_long tokens_per_s sec_sample sec_score
+sec_update mem_gb""".split()
 
 
 def run(out: Path, **changes) -> list[dict]:
@@ -507,7 +511,8 @@ def test_a_run_logs_every_stable_name_and_evaluates_before_during_and_after(plai
 
 def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_run):
     args = Args(**(BRIEF | {"out": str(plain_run)}))
-    assert json.loads((plain_run / "args.json").read_text()) == asdict(args)
+    written = json.loads((plain_run / "args.json").read_text())
+    assert written.pop("command") and written == asdict(args)
     samples = [(line["step"], line["held_out"]) for line in lines_of(plain_run / "samples.jsonl")]
     assert samples == [(0, True), (1, False), (2, False), (2, True), (3, False), (3, True)]
     kept = sorted(path.name for path in plain_run.glob("checkpoint-*"))
@@ -591,10 +596,10 @@ def test_a_marker_never_trained_starts_as_a_copy_of_eos_and_one_the_model_knows_
 
 # ---- flags
 def test_every_flag_is_used():
-    """A flag that does nothing is a lie."""
+    """A flag that does nothing is a lie. Of --tracker there is a test in test_metrics.py."""
     files = ["train.py", "aggregate.py", "sample.py", "evaluate.py", "support/run.py"]
     source = "".join((ROOT / file).read_text() for file in files)
-    assert not [f.name for f in fields(Args) if f"args.{f.name}" not in source]
+    assert [f.name for f in fields(Args) if f"args.{f.name}" not in source] == ["tracker"]
 
 
 def test_help_has_sections_and_the_commands_of_the_docstring(capsys):
@@ -611,6 +616,7 @@ def test_args_made_in_python_are_those_of_the_command_line():
     flags = ["--data", "mine.jsonl", "--prompt-format", "Q: {question}\\nA:"]
     assert made == parse_args(flags, "")
     assert made.eval_data == "" and made.device != "auto" and "\n" in made.prompt_format
+    assert Args().eval_data == Args(data="mine.jsonl", eval_data=HELD_OUT).eval_data == HELD_OUT
     with pytest.raises(InputError, match="--questions"):
         train(Args(questions=5, updates=2))
 
@@ -623,12 +629,14 @@ def test_another_model_under_the_embedded_tasks_learning_rate_is_told_the_papers
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.sh")))
 def test_the_launch_scripts_say_only_what_train_py_understands(script, tmp_path, monkeypatch):
+    """And they start the interpreter that `make train` has installed."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "examples").mkdir()
     for name in ("python", "torchrun"):
-        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-        (tmp_path / name).chmod(0o755)
-    given = {"MODEL": "m", "DATA": "d", "OUT": "o", "HEAD": "h"}
-    given["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    command = ["bash", ROOT / "examples" / script]
+        (tmp_path / ".venv/bin" / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    given = {"MODEL": "m", "DATA": "d", "OUT": "o", "HEAD": "h", "PATH": os.environ["PATH"]}
+    command = ["bash", shutil.copy(ROOT / "examples" / script, tmp_path / "examples")]
     shown = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
     words = shown.stdout.splitlines()
     launcher, flags = words[: words.index("train.py")], words[words.index("train.py") + 1 :]
@@ -636,4 +644,6 @@ def test_the_launch_scripts_say_only_what_train_py_understands(script, tmp_path,
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     # No InputError: known flags, and shares that divide.
-    assert parse_args(flags, "").dtype == "bfloat16"
+    args = parse_args(flags, "")
+    check_args(args)
+    assert args.dtype == "bfloat16"

@@ -1,27 +1,40 @@
 """Prints runs on the embedded task side by side: held-out accuracy, sampled trace length, gain.
 
-python examples/hops/compare.py runs/hops runs/hops-rlpr runs/hops-sft
+    python examples/hops/compare.py runs/hops runs/hops-rlpr runs/hops-sft
+
+Accuracy is that of every evaluation, the gain that of the last one.
 """
 
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.report import parse, read_log
+from support.errors import exit_on_bad_input, refusing
 
 NAMES = {"weighted_sum_log_prob": "NRT", "arithmetic_mean": "RLPR", "prob": "VeriFree"}
 
 
+@exit_on_bad_input
 def main() -> None:
     for run in map(Path, sys.argv[1:]):
-        args = json.loads((run / "args.json").read_text())
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        name = "plain SFT" if args["traces"] == 0 else args["aggregator"]
-        evaluated = [line for line in lines if "eval_accuracy" in line]
+        with refusing(run):
+            args = parse((run / "args.json").read_bytes(), run / "args.json")
+            lines = read_log(run / "log.jsonl")
+            print(line_of(args, lines))
+
+
+def line_of(args: dict, lines: list[dict]) -> str:
+    name = "plain SFT" if args["traces"] == 0 else args["aggregator"]
+    evaluated = [line for line in lines if "eval_accuracy" in line]
+    accuracy, gain = "not evaluated", ""
+    if evaluated:
         accuracy = " ".join(f"{line['eval_accuracy']:.2f}" for line in evaluated)
-        last = lines[-1]
-        print(
-            f"{NAMES.get(name, name):10} held-out accuracy {accuracy}   "
-            f"trace {last['trace_len_mean']:4.1f} tokens   gain {last['eval_gain']:+.2f} nats"
-        )
+        gain = f"   gain {evaluated[-1]['eval_gain']:+.2f} nats"
+    trace = lines[-1].get("trace_len_mean")  # only evaluated so far: there is none
+    length = "" if trace is None else f"   trace {trace:4.1f} tokens"
+    return f"{NAMES.get(name, name):10} held-out accuracy {accuracy}{length}{gain}"
 
 
 if __name__ == "__main__":
