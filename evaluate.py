@@ -33,9 +33,9 @@ from model import Transformer
 from reward import score
 from sample import sample_groups, sample_to_marker, sample_traces, think_and_answer, trace_ids
 from support.args import Args, flag_of, model_flags, open_model
-from support.distributed import all_shares, gathered_view, own_share
+from support.distributed import Progress, all_shares, gathered_view, own_share
 from support.errors import exit_on_bad_input, printable, refusing, require
-from support.metrics import Log, Outcome, Progress
+from support.metrics import Log, Outcome
 from support.tokenizer import Tokenizer
 
 FIGURES = ("accuracy", "accuracy_null", "gain", "gain_shuffled", "trace_len")

@@ -55,7 +55,7 @@ LARGEST = 12.0  # logit: no kind dies out
 EMPTY, IDLE, HELPFUL = range(3)
 # Random rewards are left out, and those that see more than log-probs.
 NAMES = [name for name in AGGREGATORS if not declares(name, "random") and not sees_text(name)]
-OF_TRAINING = "traces questions lr clip_null center scale filter_std answers_first".split()
+OF_TRAINING = "traces questions lr temperature clip_null center scale filter_std answers_first"
 
 
 @dataclass
@@ -180,11 +180,10 @@ def main() -> None:
     add("--steps", type=int, default=100, help="of the race")
     add("--race-seed", type=int, default=0, help="of the draws; --seed: of the sample")
     add("--draw", metavar="FILE.svg", help="the shares over the steps")
-    for name in OF_TRAINING:
+    for name in OF_TRAINING.split():
         add_flag(parser, name)
-    parser.set_defaults(temperature=1.0)
     given = parser.parse_args()
-    args = Args(**{name: getattr(given, name) for name in [*OF_TRAINING, "temperature", "steps"]})
+    args = Args(**{name: getattr(given, name) for name in [*OF_TRAINING.split(), "steps"]})
     check_args(args)
     require(min(args.traces, given.sampled) > 0, "--traces, --sampled: should be 1 or more")
     model, tokenizer = open_model(given, untrained=True)

@@ -35,6 +35,7 @@ from data import Example, Trace, stream_seed
 from kernels.logprob import bf16_products
 from model import Config, Transformer, flash_takes, prefill
 from support.args import Args, model_flags, open_model
+from support.distributed import Progress
 from support.errors import InputError, exit_on_bad_input, printable, refusing, require
 from support.tokenizer import Tokenizer
 
@@ -93,12 +94,14 @@ def sample_traces(
     starts = trace_starts(model, prompts, k, seed, max_new_tokens)
     to_logits = make_logits(weight)
 
+    shown = Progress("sampling", total, "traces")
     traces: dict[int, Trace] = {}  # by number: those of the first prompt are 0 .. k - 1
     batch.admit(starts)
     for step in count(1):
         token = batch.draw(to_logits, temperature, ends_trace)
         if step % FINISH_EVERY[weight.device.type] == 0:
             traces |= batch.finish(stop, cut)
+            shown.update(len(traces))
             if len(traces) == total:
                 break
         batch.feed(model, token)

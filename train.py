@@ -70,7 +70,7 @@ from sample import sample_groups
 from support import distributed
 from support.args import Args, check_args, hops_defaults, parse_args
 from support.errors import command, exit_on_bad_input
-from support.metrics import Outcome, Progress, now, question_figures, step_figures, time_figures
+from support.metrics import Outcome, now, question_figures, step_figures, time_figures
 from support.run import Run
 from support.tokenizer import Tokenizer
 from support.weights import load_model, load_with_marker
@@ -168,13 +168,10 @@ def train_step(
     """
     began = now()
     questions = distributed.own_share(examples)
-    traces = len(questions) * args.traces
-    shown = Progress(f"step {step}: sampling", traces, "traces")
     with distributed.gathered_view(model) as view:
         groups = sample_groups(view, tokenizer, questions, step, args)
-    shown.update(traces)
     sampled = now()
-    shown = Progress(f"step {step}: scoring and training", len(questions), "questions")
+    shown = distributed.Progress(f"step {step}: scoring and training", len(questions), "questions")
 
     lr = args.lr * min(1.0, step / max(1.0, args.warmup_steps))
     figures, norms, first, score_seconds = [], [], None, 0.0

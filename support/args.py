@@ -261,7 +261,8 @@ def check_args(args: Args) -> None:
         check(args.center == "none" or relative, "traces center", text)
         text = "one reward has no std; take --scale none"
         check(args.scale == "none", "traces scale", text)
-    of_traces = "null clip_null answer_weight center scale filter_std micro_traces decode_rows"
+    of_traces = "null clip_null answer_weight center scale filter_std answers_first"
+    of_traces += " micro_traces decode_rows"
     for name in of_traces.split() if args.traces == 0 else ():
         default = getattr(args, name) == getattr(Args, name)
         check(default, f"traces {name}", "has no effect on plain SFT, which samples no trace")

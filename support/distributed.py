@@ -27,6 +27,7 @@ Transformer, no process group.
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -38,7 +39,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import Transformer
-from support.errors import InputError, require
+from support.errors import ERASE, InputError, require
 from support.weights import assign, empty_model, tensors_of
 
 T = TypeVar("T")
@@ -88,6 +89,27 @@ def stop() -> None:
         os._exit(0)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+EVERY = 30  # seconds between two lines of progress in a file
+
+
+class Progress:
+    """What rank 0 is doing, on stderr: on a terminal in one line that is rewritten and at the end
+    removed, in a file in a line every 30 seconds."""
+
+    def __init__(self, doing: str, total: int, what: str) -> None:
+        self.text, self.total = f"{doing} {{}}/{total} {what}", total
+        self.said = time.monotonic()
+        self.update(0)
+
+    def update(self, done: int) -> None:
+        line, now = self.text.format(done), time.monotonic()
+        if ERASE and rank() == 0:
+            print(ERASE + line * (done < self.total), end="", file=sys.stderr, flush=True)
+        elif now - self.said > EVERY and rank() == 0:
+            self.said = now
+            print(line, file=sys.stderr, flush=True)
 
 
 # ---- communication of small things; all ranks must call

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from data import Example, Trace
 from reward import RATIO_RANGE, Scores, log_ratio
-from support.distributed import rank
-from support.errors import ERASE, TrainingError, read_json, refusing
+from support.errors import TrainingError, read_json, refusing
 from support.tokenizer import Tokenizer
 
 
@@ -194,25 +193,6 @@ CONSOLE = {
     "eval_gain": "eval_gain {:+.2f}",
 }
 ENDS = ("finished_frac", "cut_frac", "limit_frac")  # shown where not 0; plain SFT has no traces
-EVERY = 30  # seconds between two lines of progress in a file
-
-
-class Progress:
-    """What rank 0 is doing, on stderr: on a terminal in one line that is rewritten and at the end
-    removed, in a file in a line every 30 seconds."""
-
-    def __init__(self, doing: str, total: int, what: str) -> None:
-        self.text, self.total = f"{doing} {{}}/{total} {what}", total
-        self.said = time.monotonic()
-        self.update(0)
-
-    def update(self, done: int) -> None:
-        line, now = self.text.format(done), time.monotonic()
-        if ERASE and rank() == 0:
-            print(ERASE + line * (done < self.total), end="", file=sys.stderr, flush=True)
-        elif now - self.said > EVERY and rank() == 0:
-            self.said = now
-            print(line, file=sys.stderr, flush=True)
 
 
 class Log:

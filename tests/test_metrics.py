@@ -9,7 +9,8 @@ from conftest import BRIEF
 
 import train
 from support.args import parse_args
-from support.metrics import SIGNS, Log, Progress, mean_correlation, signs_of_collapse
+from support.distributed import Progress
+from support.metrics import SIGNS, Log, mean_correlation, signs_of_collapse
 
 # A run that learns to think: nothing to warn of.
 HEALTHY = {
@@ -90,9 +91,9 @@ def test_the_console_names_how_traces_ended_and_says_nothing_of_it_in_plain_sft(
 
 
 def test_progress_is_one_line_on_a_terminal_and_seldom_one_in_a_file(monkeypatch, capsys):
-    monkeypatch.setattr("support.metrics.EVERY", 0)
+    monkeypatch.setattr("support.distributed.EVERY", 0)
     for terminal in (True, False):
-        monkeypatch.setattr("support.metrics.ERASE", "\r\x1b[K" if terminal else "")
+        monkeypatch.setattr("support.distributed.ERASE", "\r\x1b[K" if terminal else "")
         shown = Progress("evaluating", 2, "questions")
         shown.update(1)
         shown.update(2)
@@ -102,7 +103,7 @@ def test_progress_is_one_line_on_a_terminal_and_seldom_one_in_a_file(monkeypatch
             assert lines == ["", "evaluating 0/2 questions", "evaluating 1/2 questions", ""]
         else:
             assert error.splitlines()[1:] == [f"evaluating {i}/2 questions" for i in (1, 2)]
-    monkeypatch.setattr("support.metrics.EVERY", 30)
+    monkeypatch.setattr("support.distributed.EVERY", 30)
     Progress("evaluating", 2, "questions").update(1)
     assert capsys.readouterr().err == ""
 
