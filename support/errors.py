@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Removes a line of progress (support/metrics.py); empty where stderr is no terminal.
+# Removes a line of progress (support/distributed.py); empty where stderr is no terminal.
 ERASE = "\r\x1b[K" if sys.stderr.isatty() else ""
 LINE = 1000  # characters of an error; what it quotes may have any length
 

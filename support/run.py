@@ -302,8 +302,8 @@ class Run:
                 dcp.save(moments(model, optimizer), storage_writer=writer)
             if rank() == 0:
                 tokenizer.save(folder)
-                # A state is empty where no update was finite yet.
-                updates = max(int(state.get("step", 0)) for state in optimizer.state.values())
+                # There is no state where no update was finite yet.
+                updates = max((int(state["step"]) for state in optimizer.state.values()), default=0)
                 progress = {"step": self.step, "position": self.position, "updates": updates}
                 progress |= {"reward_std": self.reward_std, "data": digest}
                 progress["warmup_steps"] = self.args.warmup_steps

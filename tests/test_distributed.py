@@ -96,7 +96,9 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for name in mine.keys() - WALL_CLOCK:
-            same = pytest.approx(other[name], rel=1e-5, abs=1e-5)
+            same = other[name]
+            if name != "warnings":
+                same = pytest.approx(same, rel=1e-5, abs=1e-5)
             assert mine[name] == same, (mine["step"], name)
     assert traces(a) == traces(b)
     # The last checkpoint: final/ is rounded to the bf16 that the initial model is stored in.

@@ -173,7 +173,7 @@ def test_a_model_with_random_weights_gets_a_line_for_every_reward(
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("9 traces, ") and "nats" in first
     assert [line.split()[0] for line in lines] == NAMES
-    refused = {line.split()[0] for line in lines if "the null think has no reward" in line}
+    refused = {line.split()[0] for line in lines if "the empty trace has no such reward" in line}
     assert refused == ({"r3", "jlb_multi"} if "--clip-null" in flags else set())
     drawn = xml.dom.minidom.parse(f"{tmp_path}/race.svg")
     assert len(drawn.getElementsByTagName("polyline")) == 2 * (len(NAMES) - len(refused))
