@@ -14,6 +14,7 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid map        9 aggregators and the baselines over 12 settings
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
     python examples/lab.py --grid remedies   the flags that could keep them thinking
+    python examples/lab.py --grid published  methods with all choices of their authors
     python examples/lab.py --grid map --report --out examples/hops
                                              tables and figure of the CSV files there, no new runs
 
