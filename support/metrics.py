@@ -333,7 +333,7 @@ SIGNS = (
         "vanishing_trace",  # traces are down to a token or two; the marker alone is one
         "trace_len_mean",
         lambda line, first: line["trace_len_mean"] < 3 <= first["trace_len_mean"],
-        f"--clip-null, or {OTHER_REWARD}",
+        f"--clip-null with --null policy, or {OTHER_REWARD}",
     ),
     (
         "unfinished_trace",  # few traces end with the marker; plain SFT samples none
