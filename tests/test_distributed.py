@@ -152,7 +152,7 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
     print("kill seed", seed)  # pytest shows it if the test fails
     rng, out = random.Random(seed), tmp_path / "killed"
     for everything in (False, True):  # one rank, or all of them and torchrun
-        process = start(out, "--resume", torchrun=processes(2))
+        process = start(out, *["--resume"] * out.exists(), torchrun=processes(2))
         for line in process.stdout:
             if line.startswith("step") and not line.startswith("step 0"):
                 break

@@ -22,7 +22,7 @@ def test_make_train_prints_the_three_result_lines_of_readme(tmp_path):
     copy = tmp_path / "copy"  # it overwrites the runs of an earlier `make train`
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs"))
     (copy / ".venv").symlink_to((ROOT / ".venv").resolve())
-    command = ["make", "--assume-old=.venv/ready", "train"]
+    command = ["make", "--no-print-directory", "--assume-old=.venv/ready", "train"]
     printed = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert printed.returncode == 0, printed.stderr
     results = [" ".join(line.split()) for line in printed.stdout.splitlines()[-3:]]
