@@ -142,7 +142,8 @@ def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
 def fate(history: Tensor) -> str:
     steps = len(history) - 1
     if history[-1, HELPFUL] <= THINKS:
-        return f"lost within {steps} steps"
+        lost = history[-1, EMPTY] > 1 - VANISHED
+        return f"{'lost' if lost else 'undecided'} within {steps} steps"
     if history[:, EMPTY].max() > 1 - VANISHED:
         return f"returns at about step {steps}"
     return f"keeps thinking, helpful traces prevail at step {steps}"

@@ -175,6 +175,9 @@ def main() -> None:
     flags = parser.parse_args()
     here = torch.cuda.is_available() or flags.dry_run
     require(here, "there is no GPU here; --dry-run takes tiny sizes and a CPU")
+    names = [section[0] for section in CHECKS + TIMINGS]
+    for name in flags.only or []:
+        require(name in names, f"--only {name}: should be one of {names}")
     if flags.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the sections
     patience = 10 if flags.dry_run else 1  # a busy CPU is no failure

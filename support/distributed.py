@@ -100,12 +100,14 @@ class Progress:
 
     def __init__(self, doing: str, total: int, what: str) -> None:
         self.text, self.total = f"{doing} {{}}/{total} {what}", total
+        self.done = None
         self.said = time.monotonic()
         self.update(0)
 
     def update(self, done: int) -> None:
         line, now = self.text.format(done), time.monotonic()
-        if ERASE and rank() == 0:
+        if ERASE and rank() == 0 and done != self.done:
+            self.done = done
             print(ERASE + line * (done < self.total), end="", file=sys.stderr, flush=True)
         elif now - self.said > EVERY and rank() == 0:
             self.said = now
