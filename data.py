@@ -103,7 +103,7 @@ class Pairs:
         examples = [self[i] for i in range(min(100, len(self)))]
         ids = [token for e in examples for token in (*e.prompt, *e.answer[:-1])]  # without eos
         unk = getattr(self.tokenizer.model.model, "unk_token", None)  # byte-level ones have none
-        unknown = unk and ids.count(self.tokenizer.model.token_to_id(unk)) / len(ids)
+        unknown = unk and ids.count(self.tokenizer.model.token_to_id(unk)) / max(1, len(ids))
         if unknown and unknown > 0.01:
             text += f" ({unknown:.0%} of their tokens are {unk}: the tokenizer lacks them)"
         return text

@@ -217,7 +217,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.split_heads(self.q_proj(x)))
         k = self.k_norm(self.split_heads(self.k_proj(x)))
         v = self.split_heads(self.v_proj(x))
-        turned = rotate(torch.cat([q, k], dim=1), *rope)  # together: half the kernels to launch
+        turned = rotate(torch.cat([q, k], dim=1), *rope)  # five kernels, not eight
         q, k = turned.split([q.shape[1], k.shape[1]], dim=1)
         return q, k, v
 

@@ -25,10 +25,12 @@ sum of its advantages (aggregate.credit) over the number of traces; think = help
     s    += REPAIR p (1 - s)
 
 As in training, Adam's step is no smaller where the gradient is. A reward keeps thinking where p q
-exceeds THINKS within --steps, "returns" where fewer than VANISHED of the traces thought before. No
-ground truth is used. The rates are the embedded task's at train.py's --lr, and proportional to it;
-examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
-by bit and get better at helping; answers after idle traces teach to ignore traces; warm-up.
+exceeds THINKS within --steps, and returns where fewer than VANISHED of the traces thought before.
+It is lost where fewer do at the end, and undecided where more do: take more --steps. No ground
+truth is used. The rates are the embedded task's at train.py's --lr, and proportional to it: give
+that of your run. examples/hops/race_settings.json has the settings they were placed on. Left out:
+traces shorten bit by bit and get better at helping; answers after idle traces teach to ignore
+traces; warm-up.
 """
 
 import math
@@ -151,7 +153,8 @@ def fate(history: Tensor) -> str:
 
 def describe(groups: list[Group]) -> str:
     """What traces do before training."""
-    kind, gain = (torch.cat([getattr(g, name) for g in groups]) for name in ("kind", "gain"))
+    kind = torch.cat([group.kind[:-1] for group in groups])  # without the empty one that was added
+    gain = torch.cat([group.gain[:-1] for group in groups])
     empty, _, helpful = shares_of(kind)
     text = f"{len(kind)} traces, {empty:.1%} empty, {helpful:.1%} helpful"
     if not helpful:

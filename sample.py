@@ -266,7 +266,7 @@ class DecodeBatch:
         """Records a CUDA graph of `forward`, in the time of one step; it computes nothing.
 
         Replayed, the hundreds of kernels of a forward pass are one launch. One by one they take
-        longer to launch than to run, but in a large model with many rows.
+        longer to launch than to run, except in a large model with many rows.
         """
         self.graph = torch.cuda.CUDAGraph()
         # "thread_local": NCCL's thread may go on asking the GPU.

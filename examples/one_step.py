@@ -26,6 +26,7 @@ from model import Transformer  # noqa: E402
 from reward import score  # noqa: E402
 from sample import sample_groups  # noqa: E402
 from support.args import Args  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 from support.weights import load_with_marker  # noqa: E402
 from train import LENGTH_SCALE, train_question  # noqa: E402
@@ -109,6 +110,7 @@ def prove(model: Transformer, tokenizer: Tokenizer, example: Example, args: Args
 
 
 def main() -> None:
+    OneLineParser(description=__doc__).parse_args()
     args = Args(questions=1, traces=4, device="cpu")
     tokenizer = Tokenizer(args.model)
     model = load_with_marker(args.model, tokenizer, torch.float32, args.device)
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_bad_input(main)()

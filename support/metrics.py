@@ -51,7 +51,7 @@ def question_figures(outcome: Outcome) -> dict:
     low, high = RATIO_RANGE
     outside = (log_ratios.exp() < low) | (log_ratios.exp() > high)
     return {
-        "zero_std_frac": not outcome.advantage.any().item(),  # all rewards equal: no trace term
+        "zero_std_frac": not outcome.advantage.any().item(),  # equal rewards, or held back
         "gold_logp_null": scores.null_logp.sum().item(),  # under the current policy
         "_reward": outcome.reward.tolist(),
         "_gold_logp_think": scores.answer_logp.detach().sum(dim=1).tolist(),

@@ -58,6 +58,15 @@ def test_a_peer_has_our_gradient_on_the_same_traces(peer, directory):
     assert (other - ours).norm() > 1e-2 * ours.norm()  # the measure sees a difference
 
 
+def test_ours_gathers_once_per_update_as_train_step_does(directory, monkeypatch):
+    last_ones = []
+    monkeypatch.setattr(step, "gather_once", lambda model, last: last_ones.append(last))
+    examples, traces, args = step.make_work(step.parse(["--model", directory, *SMALL]))
+    _, policy = step.RECIPES["ours"].load(args)
+    step.RECIPES["ours"].gradient(policy, examples, [traces, traces], args)
+    assert last_ones == [False, True]
+
+
 def test_step_prints_its_figures_and_no_path_of_the_machine(directory):
     result = last_line("step.py", "--model", directory, *SMALL, "--dtype=bfloat16")
     assert {"device", "date", "versions", "threads", "model", *step.SETTINGS} <= result.keys()
@@ -148,6 +157,7 @@ def test_every_section_ends_well_in_a_dry_run(tmp_path):
         (step, "--model broken --rounds 1", "broken/model.safetensors"),
         (bench_sample, "--new 1", "--new 1"),
         (gpu, "", "there is no GPU here"),
+        (gpu, "--dry-run --only nosuch", "--only nosuch"),
     ],
 )
 def test_bad_input_is_one_line(script, flags, says, tmp_path, monkeypatch, capsys):

@@ -140,6 +140,7 @@ def test_what_comes_back_after_traces_vanished_returns():
     history = torch.tensor([[0.4, 0.5, 0.1], [0.95, 0.04, 0.01], [0.3, 0.05, 0.65]])
     assert fate(history) == "returns at about step 2"
     assert fate(history[:2]) == "lost within 1 steps"
+    assert fate(history[:1]) == "undecided within 0 steps"
     assert fate(history[[0, 2]]) == "keeps thinking, helpful traces prevail at step 1"
 
 
@@ -171,7 +172,7 @@ def test_a_model_with_random_weights_gets_a_line_for_every_reward(
     monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()])
     main()
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("9 traces, ") and "nats" in first
+    assert first.startswith("8 traces, ") and "nats" in first
     assert [line.split()[0] for line in lines] == NAMES
     refused = {line.split()[0] for line in lines if "the empty trace has no such reward" in line}
     assert refused == ({"r3", "jlb_multi"} if "--clip-null" in flags else set())
