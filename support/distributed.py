@@ -106,10 +106,12 @@ class Progress:
 
     def update(self, done: int) -> None:
         line, now = self.text.format(done), time.monotonic()
-        if ERASE and rank() == 0 and done != self.done:
+        if rank() > 0 or (ERASE and done == self.done):
+            return
+        if ERASE:
             self.done = done
             print(ERASE + line * (done < self.total), end="", file=sys.stderr, flush=True)
-        elif now - self.said > EVERY and rank() == 0:
+        elif now - self.said > EVERY:
             self.said = now
             print(line, file=sys.stderr, flush=True)
 
