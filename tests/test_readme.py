@@ -3,6 +3,7 @@
 import inspect
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_train_question_in_readme_is_the_one_that_runs():
-    assert "```python\n" + inspect.getsource(train.train_question) in README
+    source = inspect.getsource(train.train_question)
+    body = source.split('"""')[-1].removeprefix("\n")  # after the docstring
+    assert f"```python\n{textwrap.dedent(body)}```" in README
 
 
 @pytest.mark.slow
