@@ -9,15 +9,11 @@ training step, so they are not computed here: training turns hidden states into 
 storing logits (kernels/logprob.py), sampling computes the logits of one position per row
 (sample.py). Both read `model.lm_head.weight` [V, H].
 
-`model(tokens, past)` continues a KV cache, any object with
-
-    length                                   tokens it holds: an int, or [B] where rows differ
-    append(layer, k, v) -> (k_all, v_all)    add these tokens' keys and values, return all of them
-
-One rule lets the same mask serve training, branches that share a prompt, and decoding of rows of
-different lengths: KEY j OF k_all BELONGS TO THE TOKEN AT POSITION j. A query at position p
-attends to the keys p - sliding_window < j <= p. A row shorter than k_all never attends to the
-keys beyond its own length, whatever they hold.
+`model(tokens, past)` continues a KV cache, any object like `Past` below. One rule lets the same
+mask serve training, branches that share a prompt, and decoding of rows of different lengths: KEY j
+OF ITS S KEYS BELONGS TO THE TOKEN AT POSITION j. A query at position p attends to the keys
+p - sliding_window < j <= p. A shorter row never attends to the keys beyond its own length,
+whatever they hold.
 
 Shapes: B rows, L tokens of this forward, S keys (past and new), P tokens of a prompt, H hidden
 size, V vocabulary, D head_dim, Hq query heads, Hkv key/value heads.

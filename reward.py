@@ -69,10 +69,7 @@ def score(
     branches = [make_branch(trace, marker) for trace in traces]
     if null:
         branches.append(Branch(context=(), actions=(), finished=False))
-    rows = sorted(
-        branches, key=lambda branch: -len(branch.context)
-    )  # of the forward: longest first
-
+    rows = sorted(branches, key=lambda branch: -len(branch.context))  # of the forward
     fed = [[*branch.context, marker, *answer[:-1]] for branch in rows]
     tokens = pad(fed, max(len(ids) for ids in fed), device)  # [B, L]
     first = prompt.hidden.expand(len(rows), 1, -1)  # predicts every branch's first token

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Example, Trace, stream_seed
-from kernels.logprob import bf16_products
 from model import Config, Transformer, flash_takes, prefill
 from support.args import Args, model_flags, open_model
 from support.distributed import Progress
@@ -336,17 +335,11 @@ def make_logits(weight: Tensor) -> Callable[[Tensor], Tensor]:
     Logits are fp32 (fp64 for an fp64 model), as in scoring. Rounded to bf16, they would move every
     recorded log-prob, and with it the importance ratio.
     """
-    if weight.element_size() > 2:
-        return lambda hidden: F.linear(hidden, weight)
-    if weight.is_cuda:
+    if weight.is_cuda and weight.element_size() == 2:
         return lambda hidden: torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    wide = weight.float()  # a CPU has no such product: converted once, not for every token
-
-    def logits(hidden: Tensor) -> Tensor:
-        with bf16_products(weight.dtype):
-            return F.linear(hidden.float(), wide)
-
-    return logits
+    # A CPU has no such product: converted once, not for every token.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return lambda hidden: F.linear(hidden.to(wide.dtype), wide)
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

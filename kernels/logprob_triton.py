@@ -20,11 +20,10 @@ A tile is hidden[BM, H] weight[BN, H]^T in fp32. The rest is done on the accumul
 Each number is written by one tile and summed in a fixed order. There are no atomics and no locks,
 so the same call gives the same bits.
 
-Three traps:
+Two traps:
 1. TMA descriptors made on the device need an allocator. Triton keeps it in a context variable,
    which new threads, such as autograd's, do not inherit. So it is set before every launch.
-2. The interpreter computes bf16 wrongly, without an error. So it gets fp32 operands (UPCAST).
-3. Triton's default for fp32 products is TF32, which has three digits. So the precision is "ieee".
+2. Triton's default for fp32 products is TF32, which has three digits. So the precision is "ieee".
 """
 
 from dataclasses import dataclass
@@ -107,9 +106,7 @@ def dz_chunk(x, w, y, row_max, log_sum, g, temperature) -> Tensor:
     g = g / temperature
     factor = -(-log_sum).exp() * g  # dz_nj = exp((logit_nj - row_max_n) / temperature) factor_n
     padded = triton.cdiv(len(w), config.bn) * config.bn  # whole tiles: no column is masked
-    # bf16 only on a GPU: the interpreter would truncate to it
-    dtype = torch.float32 if _interpreted_bf16(x) else x.dtype
-    dz = torch.empty(len(x), padded, dtype=dtype, device=x.device)
+    dz = torch.empty(len(x), padded, dtype=x.dtype, device=x.device)
     _launch(_dz_kernel, config, x, w, temperature, y, row_max, g, factor, dz)
     return dz[:, : len(w)]
 
@@ -133,8 +130,7 @@ def _launch(kernel, config, x, w, temperature: float, *tensors: Tensor | None, *
         kernel[(min(tiles, programs),)](
             x, w, *tensors, n, vocab, x.shape[1], LOG2E / temperature,
             BM=config.bm, BN=config.bn, BK=config.bk, GROUP=config.group, PROGRAMS=programs,
-            TMA=config.tma, UPCAST=_interpreted_bf16(x),
-            num_warps=config.warps, num_stages=config.stages, **flags,
+            TMA=config.tma, num_warps=config.warps, num_stages=config.stages, **flags,
         )  # fmt: skip
 
 
@@ -148,10 +144,6 @@ def _loadable(matrix: Tensor, bk: int) -> Tensor:
     return padded
 
 
-def _interpreted_bf16(x: Tensor) -> bool:
-    return not x.is_cuda and x.dtype == torch.bfloat16
-
-
 # ---- kernels
 
 
@@ -161,8 +153,7 @@ def _partials_kernel(
     m_ptr, s_ptr, t_ptr, target_ptr,  # [C, n], [C, n], [C, n] if ENTROPY, logit of the target [n]
     n, vocab, hidden_size, scale,  # H is a multiple of BK; scale = log2(e) / temperature
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TMA: tl.constexpr,
     ENTROPY: tl.constexpr, EVEN_V: tl.constexpr,
 ):  # fmt: skip
     x = _operand(x_ptr, n, hidden_size, BM, BK, TMA)
@@ -172,7 +163,7 @@ def _partials_kernel(
     for tile in tl.range(first, tiles, PROGRAMS):
         row, c = _tile_position(tile, n, vocab, BM, BN, GROUP)
         col = c * BN
-        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA, UPCAST)
+        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA)
         rows = row + tl.arange(0, BM)
         columns = col + tl.arange(0, BN)
         if not EVEN_V:
@@ -202,8 +193,7 @@ def _dz_kernel(
     dz_ptr,  # [n, c rounded up to whole tiles]
     n, vocab, hidden_size, scale,  # vocab = c
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     x = _operand(x_ptr, n, hidden_size, BM, BK, TMA)
     w = _operand(w_ptr, vocab, hidden_size, BN, BK, TMA)
@@ -213,7 +203,7 @@ def _dz_kernel(
     for tile in tl.range(first, tiles, PROGRAMS):
         row, c = _tile_position(tile, n, vocab, BM, BN, GROUP)
         col = c * BN
-        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA, UPCAST)
+        acc = _logits_tile(x, w, row, col, n, vocab, hidden_size, BM, BN, BK, TMA)
         rows = row + tl.arange(0, BM)
         columns = col + tl.arange(0, BN)
         is_row = rows < n
@@ -243,16 +233,13 @@ def _tile_position(tile, n, vocab, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl
 @triton.jit
 def _logits_tile(
     x, w, row, col, n, vocab, hidden_size,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """x[row : row + BM] w[col : col + BN]^T in fp32 [BM, BN], before the temperature."""
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, hidden_size, BK):
         a = _load(x, row, k, n, hidden_size, BM, BK, TMA)
         b = _load(w, col, k, vocab, hidden_size, BN, BK, TMA)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
         acc = tl.dot(a, b.T, acc, input_precision="ieee")
     return acc
 

@@ -143,10 +143,14 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, value: dict) -> None:
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, content: str) -> None:
     """Under its own name the file is complete at every moment."""
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as text:
-        text.write(json.dumps(value, indent=2) + "\n")
+        text.write(content)
         text.flush()
         os.fsync(text.fileno())
     temporary.replace(file)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import Example, Trace
 from reward import RATIO_RANGE, Scores, log_ratio
-from support.errors import TrainingError, read_json, refusing
+from support.errors import TrainingError, read_json, refusing, write_text
 from support.tokenizer import Tokenizer
 
 
@@ -108,8 +108,6 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
         "trace_len_mean": mean(lengths),
         "trace_len_min": min(lengths),
         "trace_len_max": max(lengths),
-        # within a question; below 0: shorter traces get higher reward
-        "len_reward_corr": mean_correlation(of_questions("_trace_len"), of_questions("_reward")),
         # How traces end: with a sampled marker, with another special token, at --max-trace.
         "finished_frac": mean(of_traces("_finished")),
         "cut_frac": mean(of_traces("_cut")),
@@ -135,15 +133,6 @@ def mean(values: list[float]) -> float:
 def std(values: list[float]) -> float:
     """Of the population; NaN where a value is not finite (statistics raises other errors then)."""
     return statistics.pstdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def mean_correlation(xs: list[list[float]], ys: list[list[float]]) -> float:
-    """Mean of Pearson's correlation over the questions for which it exists; 0 if for none."""
-    found = []
-    for x, y in zip(xs, ys, strict=True):
-        if len(set(x)) > 1 and len(set(y)) > 1 and all(map(math.isfinite, y)):
-            found.append(statistics.correlation(x, y))
-    return mean(found) if found else 0.0
 
 
 def time_figures(
@@ -314,11 +303,7 @@ def drop_lines_after(file: Path, step: int) -> list[dict]:
     with refusing(file):
         lines = [json.loads(line) for line in whole.splitlines()]
         kept = [line for line in lines if line["step"] <= step]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), "utf-8"
-    )
-    temporary.replace(file)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     return kept
 
 

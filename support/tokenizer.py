@@ -130,8 +130,7 @@ class Tokenizer:
         self.without_row = {entry.content for token, entry in added.items() if token >= rows}
         named = special | {self.marker_id}
         names = {entry.content for token, entry in added.items() if token in named}
-        self.names = names | self.without_row  # a text that holds one is not all ordinary
-        self.first_letters = {name[:1] for name in self.names}
+        self.spelled = re.compile("|".join(map(re.escape, names | self.without_row)))
 
     # ---- text to ids and back
     def prompt_ids(self, turns: list[str]) -> list[int]:
@@ -169,9 +168,7 @@ class Tokenizer:
 
     def spells_out(self, text: str) -> bool:
         """Whether the text holds a special token's name: it becomes that token."""
-        if not any(letter in text for letter in self.first_letters):  # fast: most texts hold none
-            return False
-        return any(name in text for name in self.names)
+        return self.spelled.search(text) is not None
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether both make the same tokens of every row."""

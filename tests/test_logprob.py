@@ -2,8 +2,8 @@
 
 A test with `backend` runs on both backends: "torch" on the CPU, and "triton" on a GPU if there is
 one, else in Triton's interpreter. Chunks are made small (fixture `small_chunks`), so that these
-small inputs cross the borders of chunks and tiles. The interpreter does not round dz to bf16. The
-effect of that rounding is tested on a GPU only (the last section).
+small inputs cross the borders of chunks and tiles. The interpreter computes bf16 wrongly, without
+an error: the kernels run in bf16 on a GPU only.
 """
 
 import gc
@@ -54,6 +54,8 @@ def problem(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [n, h], weight [v, h] (logits of deviation 1), target [n], upstream gradient [n]."""
     device = "cuda" if CUDA and backend == "triton" else "cpu"
+    if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("the interpreter computes bf16 wrongly")
     options = dict(generator=torch.Generator(device).manual_seed(0), device=device)
     hidden = torch.randn(n, h, **options).to(dtype).requires_grad_()
     weight = (torch.randn(v, h, **options) / math.sqrt(h)).to(dtype).requires_grad_()

@@ -63,7 +63,6 @@ def compile_kernel(kernel, config, capability: int, dtype: str, flags: dict):
         GROUP=config.group,
         PROGRAMS=132,
         TMA=config.tma,
-        UPCAST=False,
         **flags,
     )
     types = dict(x_ptr="*" + dtype, w_ptr="*" + dtype, dz_ptr="*" + dtype, y_ptr="*i64")

@@ -1,4 +1,4 @@
-"""support/metrics.py: each sign of collapse is named once; correlation of length and reward."""
+"""support/metrics.py: each sign of collapse is named once; the console, trackers."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from conftest import BRIEF
 import train
 from support.args import parse_args
 from support.distributed import Progress
-from support.metrics import SIGNS, Log, mean_correlation, signs_of_collapse
+from support.metrics import SIGNS, Log, signs_of_collapse
 
 # A run that learns to think: nothing to warn of.
 HEALTHY = {
@@ -140,11 +140,3 @@ def finish(): call("finish", {{}})
         assert figures == {name: x for name, x in line.items() if not isinstance(x, list | None)}
     notes = capsys.readouterr().out.count("nothing is tracked: no network")
     assert notes == (fails != "")
-
-
-def test_the_correlation_of_length_and_reward_is_taken_within_a_question():
-    """Questions with longer traces and higher rewards throughout say nothing about a trace."""
-    lengths = [[1, 2, 3], [11, 12, 13], [5, 5, 5]]
-    rewards = [[0.3, 0.2, 0.1], [9.0, 8.0, 7.5], [0.1, 0.2, 0.3]]  # the last: no correlation
-    assert mean_correlation(lengths, rewards) == pytest.approx((-1 - 0.98198050606) / 2)
-    assert mean_correlation([[2, 2]], [[0.1, 0.2]]) == 0
