@@ -36,7 +36,7 @@ test: .venv/ready-to-test
 test-2.11: .torch-2.11/ready
 	PYTHONPATH=$(CURDIR)/.torch-2.11 $(BIN)/python -m pytest
 
-# Kills and full disks on whole runs, ranks, `make train` beside README, a dry run of bench/gpu.py.
+# Kills at every write, ranks, long runs, `make train` beside README, a dry run of bench/gpu.py.
 check: .venv/ready-to-test
 	$(BIN)/python -m pytest -m slow
 

@@ -1,12 +1,10 @@
-"""Faults of whole runs, slow: `make check`. After each, what is lost: at most the steps since the
-last checkpoint."""
+"""Long runs and faults of several ranks, slow: `make check`. Kills are in test_run_folder.py, at
+every write of a run, and in test_distributed.py, at random moments."""
 
 import json
 import os
-import random
 import re
 import resource
-import shutil
 import signal
 from pathlib import Path
 
@@ -18,32 +16,8 @@ from test_distributed import WALL_CLOCK, output_of, processes, start, workers
 import train
 from support import metrics
 from support.args import parse_args
-from support.errors import exit_on_bad_input
-from support.weights import load_model
 
 pytestmark = pytest.mark.slow
-
-
-def forked(flags: list[str], limit: int | None = None) -> int:
-    """A process that trains in a copy of this one, without importing torch again -> its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        argv = ["--model=model", "--data=rows.jsonl", "--out=new", *BRIEF, *flags]
-        exit_on_bad_input(lambda: train.train(parse_args(argv, "")))()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        os._exit(code)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def log_of(out: Path) -> list[dict]:
@@ -53,46 +27,6 @@ def log_of(out: Path) -> list[dict]:
 
 def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-??????"))
-
-
-def assert_whole(out: Path) -> None:
-    if (out / "args.json").exists():
-        json.loads((out / "args.json").read_text())
-    for path in checkpoints(out):
-        load_model(path)
-        json.loads((path / "progress.json").read_text())
-
-
-def test_killed_twenty_times_at_random_moments_the_run_ends_as_one_that_was_not(world):
-    flags = ["--steps=12", "--save-every=1", "--resume"]
-    assert ended(forked([*flags, "--out=whole"])) == 0
-    seed = random.SystemRandom().randrange(10**6)
-    print("kill seed", seed)  # pytest shows it if the test fails
-    rng, kills = random.Random(seed), 0
-    while kills < 20:
-        child = forked(flags)
-        for _ in range(rng.randrange(8_000_000)):  # up to several steps with their checkpoints
-            pass
-        os.kill(child, signal.SIGKILL)
-        if ended(child) == 0:
-            shutil.rmtree("new")  # it was done before: from the start again
-            continue
-        kills += 1
-        assert_whole(Path("new"))
-    assert ended(forked(flags)) == 0
-    assert log_of(Path("new")) == log_of(Path("whole"))
-    for file in ("final/model.safetensors", "samples.jsonl"):
-        assert Path("new", file).read_bytes() == Path("whole", file).read_bytes()
-
-
-@pytest.mark.parametrize("limit", [100, 1000, 2000, 3000, 10_000, 30_000])
-def test_whatever_file_the_disk_has_no_place_for_the_run_is_whole(limit, world, capfd):
-    before = {path: path.read_bytes() for path in Path("run").glob("checkpoint-*/**/*.*")}
-    assert ended(forked(["--out=run", "--resume", "--steps=3"], limit)) in (1, 2)
-    error = capfd.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    assert_whole(Path("run"))
-    assert {path: path.read_bytes() for path in before} == before
 
 
 def resident() -> float:

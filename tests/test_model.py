@@ -118,19 +118,15 @@ def test_recomputation_does_not_append_to_the_cache_again():
     assert [k.shape[2] for k, _ in past.kv.values()] == [6, 6]
 
 
-def test_recomputation_keeps_less_and_changes_no_gradient():
-    model, tokens = tiny.model(), random_tokens(5, 2, 6)
-    kept, gradients = [], []
+def test_recomputation_keeps_less():
+    """That it changes no gradient: test_train.py."""
+    model, tokens, kept = tiny.model(), random_tokens(5, 2, 6), []
     for model.recompute in (False, True):
         saved = []  # numbers that the graph keeps
         with saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
-            hidden = model(tokens)
-        model.zero_grad()
-        hidden.sum().backward()
+            model(tokens)
         kept.append(sum(saved))
-        gradients.append([parameter.grad for parameter in model.layers.parameters()])
     assert kept[1] < kept[0] / 2
-    assert all(map(torch.equal, *gradients))
 
 
 # ---- attention as a GPU computes it: the fixture `flash`

@@ -352,19 +352,6 @@ def test_every_aggregator_trains_in_bf16_with_an_fp32_loss(name):
     assert flat.isfinite().all() and flat.any()
 
 
-def test_a_reward_of_ones_own_sees_the_question_and_its_traces(monkeypatch):
-    def minus_length(logp, null_logp, example, traces, tokenizer):
-        assert (example, tokenizer) == (EXAMPLE, TOKENIZER)
-        return torch.tensor([-float(len(trace.ids)) for trace in traces])
-
-    monkeypatch.setitem(AGGREGATORS, "minus_length", minus_length)
-    model = tiny_model()
-    args = Args(questions=1, traces=8, aggregator="minus_length", micro_traces=2)
-    traces = sampled_group(model)
-    outcome = train_question(model, TOKENIZER, EXAMPLE, traces, args)
-    assert outcome.reward.tolist() == [-len(trace.ids) for trace in traces]
-
-
 # ---- an update
 def test_an_update_clips_the_gradient_and_is_not_applied_where_it_is_not_finite():
     model = tiny_model()
