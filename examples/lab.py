@@ -4,10 +4,8 @@ A cell of a grid is a setting of examples/hops/make.py, a method (flags of train
 Every cell is a run of its own, `python train.py ...` in a child process:
 
     runs/lab/GRID.csv                        one row per finished run; such a run is not run again
-    runs/lab/GRID-before.csv                 before training: one row per setting and reward
-    runs/lab/GRID.md, GRID.svg               tables and figure of the two (matplotlib)
-    runs/lab/SETTING/base/, *.jsonl          base and data, made on demand, shared by all seeds;
-                                             made.json: the base's seed
+    runs/lab/GRID.md, GRID.svg               its table and figure (matplotlib)
+    runs/lab/SETTING/base/, *.jsonl          base and data, made on demand, shared by all seeds
     runs/lab/SETTING/METHOD-sSEED-N-steps/   a run: log.jsonl, final/
 
     python examples/lab.py --quick           minutes: arithmetic_mean (RLPR) stops thinking where
@@ -16,10 +14,9 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
     python examples/lab.py --grid remedies   the flags that could keep them thinking
     python examples/lab.py --grid published  methods with all choices of their authors
-    python examples/lab.py --grid fresh      settings whose outcome preflight.py predicted before any
-                                             run; --report compares, with any number of runs
+    python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
     python examples/lab.py --grid map --report --out examples/hops
-                                             tables and figure of the CSV files there, no new runs
+                                             table and figure of the CSV file there, no new runs
 
 A stopped laboratory goes on with the same command; a half-finished run starts again. Exact match of
 the whole answer is 0 for every method where the answer holds unpredictable tokens, so the hard
@@ -28,7 +25,6 @@ tokens are scored by themselves.
 
 import csv
 import json
-import math
 import os
 import random
 import shutil
@@ -37,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -50,15 +46,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aggregate import AGGREGATORS, credit  # noqa: E402
+from aggregate import AGGREGATORS  # noqa: E402
 from data import Example, Pairs  # noqa: E402
 from examples.hops.make import POINTERS, Task, make_trace  # noqa: E402
 from examples.sums.make import SUMS  # noqa: E402
 from model import Transformer  # noqa: E402
-from preflight import HELPFUL, NAMES, Group, sample_group_scores  # noqa: E402
 from sample import sample_to_marker, trace_ids  # noqa: E402
-from support.args import Args, parse_args  # noqa: E402
-from support.errors import OneLineParser, exit_on_bad_input, read_json, write_json  # noqa: E402
+from support.args import Args  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input, read_json  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 from support.weights import load_model  # noqa: E402
 
@@ -111,19 +106,14 @@ class Sums(Task):
 FRESH = ROOT / "examples" / "hops" / "race_settings.json"
 
 
-def fresh_settings() -> list[tuple[Task, str, dict[str, int | None]]]:
-    """(setting, flags of train.py, reward -> step of the race, None: not within the run)"""
+def fresh_settings() -> list[tuple[Task, dict]]:
+    """Each with its line of the file: flags of train.py, and what was said of its rewards."""
     found = []
     for line in read_json(FRESH)["fresh"]:
         script, *axes = line["make"].replace("--", "").split()
         values = {name: json.loads(value) for name, value in (axis.split("=") for axis in axes)}
-        kind = Sums if "sums" in script else Task
-        found.append((kind(**values), line["train"], line["race"]))
+        found.append(((Sums if "sums" in script else Task)(**values), line))
     return found
-
-
-def with_flags(reward: str, flags: str) -> str:
-    return f"{reward} {flags}".strip()
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,9 @@ MAP = [
 ]
 QUICK = ["weighted_sum_log_prob", "arithmetic_mean", "sft"]
 PREDICTED = [
-    (task, with_flags(reward, flags)) for task, flags, race in fresh_settings() for reward in race
+    (task, f"{reward} {line['train']}".strip())
+    for task, line in fresh_settings()
+    for reward in line["race"]
 ]
 GRIDS = {
     "quick": Grid([*product([CONTROL, COSTLY], QUICK)], seeds=2, steps=40),
@@ -252,10 +244,8 @@ def make_base(out: Path, task: Task) -> dict:
             break
     else:
         raise RuntimeError(f"{BASE_SEEDS} bases did not learn lookups; take more steps")
-    made = {"seed": seed, "lookups_right": lookups}
-    write_json(unfinished / "made.json", made)
     unfinished.rename(folder)
-    return made
+    return {"seed": seed, "lookups_right": lookups}
 
 
 @torch.no_grad()
@@ -290,55 +280,6 @@ def worked_trace(question: str) -> str:
                 path.append(follows[path[-1]])
             paths.append(path)
     return make_trace("worked", paths, random.Random(), subject)[0]
-
-
-QUESTIONS_BEFORE = 96
-
-
-def before_training(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example], methods: list[str]
-) -> list[dict]:
-    """A row per method: what it would pay for the base's traces, without ground truth, where the
-    empty trace is added to each group of sampled ones.
-
-    helpful, empty   mean advantages of each question's most helpful trace and of the empty one; a
-                     question without a trace that helps does not count
-    dead             share of questions with equal rewards
-    share            of helpful traces
-    """
-    rows, groups = [], {}
-    for method in methods:
-        args = parse_args(flags_of(method), "")
-        k = args.traces
-        if k not in groups:
-            groups[k] = sample_group_scores(model, tokenizer, examples, k, args.max_trace)
-        pairs, dead = [], []
-        for group in groups[k]:
-            _, advantage, _ = credit(group.answer_logp, group.null_logp, args)
-            dead.append(not advantage.any())
-            if group.gain[:-1].max() > 0:
-                pairs.append((float(advantage[group.gain.argmax()]), float(advantage[-1])))
-        helpful, empty = map(statistics.mean, zip(*pairs)) if pairs else (math.nan, math.nan)
-        helps = [bool(kind == HELPFUL) for group in groups[k] for kind in group.kind[:-1]]
-        row = {"method": method, "helpful": helpful, "empty": empty}
-        rows.append(row | {"dead": statistics.mean(dead), "share": statistics.mean(helps)})
-    return rows
-
-
-# Two rules without a race, as baselines for it. The first was preflight.py's; its margin, of
-# advantages, was placed on the map's settings with one hard token and no noise.
-MARGIN = 1.55
-# The second's threshold was placed on the race's two settings.
-THRESHOLD = -3.58
-
-
-def earlier_rule(line: dict) -> bool:
-    return line["dead"] <= 0.9 and line["helpful"] - line["empty"] > -MARGIN
-
-
-def two_features(line: dict) -> bool:
-    rare = 0.9 * math.log(max(line["share"], 1e-9))
-    return line["helpful"] - line["empty"] + rare > THRESHOLD
 
 
 # ---- a run
@@ -492,14 +433,15 @@ def table(rows: list[dict]) -> str:
     """Markdown: a row per method, a column per setting."""
     found = group(rows)
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    lines = [["method", *settings], ["---"] * (len(settings) + 1)]
+    lines = []
     for method in dict.fromkeys(method for _, method in found):
         texts = [run_cell(found[s, method]) if (s, method) in found else "" for s in settings]
         lines.append([f"`{method}`", *texts])
-    return markdown(lines)
+    return markdown(["method", *settings], lines)
 
 
-def markdown(lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -512,54 +454,38 @@ def run_cell(rows: list[dict]) -> str:
 
 
 # ---- the race and what came of it
-RULES = {
-    "race": lambda step, line: step is not None,
-    "always keeps": lambda step, line: True,
-    "always lost": lambda step, line: False,
-    "the earlier rule": lambda step, line: earlier_rule(line),
-    "two features": lambda step, line: two_features(line),
-}
-
-
-def compare(rows: list[dict], before: list[dict]) -> str:
-    """Predictions of race_settings.json and of the baselines against the runs there are.
+def compare(rows: list[dict]) -> str:
+    """Predictions of race_settings.json against the runs there are.
 
     A run thinks if it does so at its end, a cell (setting and reward) if most of its seeds do.
     """
-    runs, measured = group(rows), group(before)
-    settings, lines, late = [], [], GRIDS["fresh"].steps + 1
-    predicted, thought = [], []  # steps, a pair per cell; not within the run: after its end
-    for task, flags, race in fresh_settings():
+    runs, late = group(rows), GRIDS["fresh"].steps + 1
+    settings, lines, pairs = [], [], []
+    for task, line in fresh_settings():
         cells = []
-        for reward, step in race.items():
-            name = label(vars(task)), with_flags(reward, flags)
+        for reward, step in line["race"].items():
+            name = label(vars(task)), f"{reward} {line['train']}".strip()
             if name not in runs:
                 continue
-            (line,) = measured[name]
-            seeds = [row["survives"] for row in runs[name]]
+            thinks = [row["survives"] for row in runs[name]]
             steps = [row["thinks_from"] for row in runs[name]]
-            said = {rule: judge(step, line) for rule, judge in RULES.items()}
-            cells.append((said, seeds))
-            predicted.append(step or late)
-            thought.append(statistics.median(late if s is None else s for s in steps))
-            right = "yes" if said["race"] == most(seeds) else "no"
-            shown = " ".join("-" if s is None else f"{s:.0f}" for s in steps)
-            share = f"{sum(seeds)}/{len(seeds)}"
+            keeps = {"the race": step is not None, "always keeps": True, "always lost": False}
+            keeps |= {rule: reward in line[rule] for rule in ("earlier rule", "two features")}
+            cells.append((keeps, thinks))
+            pairs.append((step or late, statistics.median(s or late for s in steps)))
+            shown = " ".join(f"{s:.0f}" if s else "-" for s in steps)
+            right = "yes" if keeps["the race"] == most(thinks) else "no"
+            share = f"{sum(thinks)}/{len(thinks)}"
             lines.append([*name, f"{step or '-'}", shown, share, right])
-        if cells:
-            settings.append(cells)
-    count = f"{len(rows)} runs in {len(lines)} cells of {len(settings)} settings"
-    both = [pair for pair in zip(predicted, thought, strict=True) if max(pair) < late]
-    heads = ["", "cells right", "95 %", "runs right", "95 %", 'right of cells it says "keeps" of']
+        settings += [cells] if cells else []
+    rules = [score_of(rule, settings) for rule in settings[0][0][0]]
     parts = [
-        f"{count}. Intervals: bootstrap over settings",
-        markdown([heads, ["---"] * 6, *(score_of(rule, settings) for rule in RULES)]),
-        "Spearman's correlation of the race's step with the measured one (median of the seeds): "
-        f"{spearman(predicted, thought)} over all cells, never being the latest; "
-        f"{spearman(*zip(*both)) if both else '-'} over the {len(both)} with both",
-        markdown(
-            [["setting", "method", "race", "measured", "think", "right"], ["---"] * 6, *lines]
-        ),
+        f"{len(rows)} runs in {len(lines)} of {len(PREDICTED)} cells, {len(settings)} settings; "
+        "intervals by bootstrap over settings",
+        markdown(["", "cells right", "95 %", "runs right", "95 %", "right where it keeps"], rules),
+        "Spearman's correlation of the race's step and the measured one, median over seeds, never "
+        f"being the latest: {spearman(*zip(*pairs, strict=True))}",
+        markdown(["setting", "method", "race", "measured", "think", "race right"], lines),
     ]
     return "\n\n".join(parts)
 
@@ -589,8 +515,8 @@ def bootstrap(hits: list[int], counts: list[int], draws: int = 10_000) -> list[f
     return shares.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
-def spearman(a: list[float], b: list[float]) -> str:
-    """Equal values share a rank."""
+def spearman(a: Sequence[float], b: Sequence[float]) -> str:
+    """Equal values share a rank. Without two different ones there is no correlation."""
     if min(len(set(a)), len(set(b))) < 2:
         return "-"
     ranks = [[sum((y < x) + (y <= x) for y in values) for x in values] for values in (a, b)]
@@ -633,7 +559,7 @@ def draw_map(file: Path, rows: list[dict]) -> None:
 # ---- command
 def run_grid(name: str, out: Path, jobs: int) -> int:
     """Makes the bases and the runs that are missing -> how many failed."""
-    grid, file, before_file = GRIDS[name], out / f"{name}.csv", out / f"{name}-before.csv"
+    grid, file = GRIDS[name], out / f"{name}.csv"
     out.mkdir(parents=True, exist_ok=True)
     tasks = list(dict.fromkeys(task for task, _ in grid.cells))
     bases = {
@@ -643,20 +569,6 @@ def run_grid(name: str, out: Path, jobs: int) -> int:
     }
     failed = run_all(jobs, bases, "seed {seed}, lookups right {lookups_right:.2f}".format_map)
     made = [task for task in tasks if folder_of(out, task).exists()]
-    before = read_csv(before_file)
-    for task in made:
-        setting, folder = label(vars(task)), folder_of(out, task)
-        methods = [method for other, method in grid.cells if other == task]
-        methods = [
-            m for m in methods if m.split()[0] in NAMES and (setting, m) not in group(before)
-        ]
-        if methods:
-            model, tokenizer = load_model(folder / "base"), Tokenizer(folder / "base")
-            examples = read_examples(folder / "test.jsonl", QUESTIONS_BEFORE)
-            measured = before_training(model, tokenizer, examples, methods)
-            before += [vars(task) | row for row in measured]
-    write_csv(before_file, before)
-
     rows = read_csv(file)
     finished = {(label(row), row["method"], row["seed"], row["steps"]) for row in rows}
     runs = {}  # seed by seed: a grid that is stopped early has all settings and methods
@@ -676,15 +588,13 @@ def run_grid(name: str, out: Path, jobs: int) -> int:
 
 
 def write_report(path: Path) -> None:
-    """path.csv -> path.md, printed too, and path.svg if matplotlib is there; of the fresh settings
-    path.md alone, made of path-before.csv as well."""
+    """path.csv -> path.md, printed too, and path.svg if matplotlib is there, but for `fresh`."""
     rows = read_csv(path.with_suffix(".csv"))
     if not rows:
         print("no finished runs")
         return
     fresh = path.name == "fresh"
-    before = read_csv(path.with_name(path.name + "-before.csv"))
-    text = compare(rows, before) if fresh else report(rows)
+    text = compare(rows) if fresh else report(rows)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
     if find_spec("matplotlib") and not fresh:
