@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from aggregate import AGGREGATORS, credit, declares, sees_text
-from data import Example, stream_seed
+from data import Example, Pairs, stream_seed
 from evaluate import open_examples
 from model import Transformer
 from reward import score
@@ -190,11 +190,15 @@ def main() -> None:
     args = Args(**{name: getattr(given, name) for name in [*OF_TRAINING.split(), "steps"]})
     check_args(args)
     require(min(args.traces, given.sampled) > 0, "--traces, --sampled: should be 1 or more")
+    require(given.race_seed >= 0, f"--race-seed {given.race_seed}: should be 0 or more")
     model, tokenizer = open_model(given, untrained=True)
     examples = open_examples(given, model, tokenizer)
+    if given.draw:
+        with refusing(given.draw):
+            open(given.draw, "a").close()
     limits = (given.sampled, given.max_trace, given.seed, given.temperature)
     groups = sample_group_scores(model, tokenizer, examples, *limits)
-    print(describe(groups))
+    print(f"{len(groups)} questions{Pairs(given.data, tokenizer).note()}, {describe(groups)}")
     histories = {}
     for name in NAMES:
         own = replace(args, aggregator=name)
@@ -206,8 +210,7 @@ def main() -> None:
         histories[name] = race(groups, own, given.race_seed)
         print(f"{name:26} {fate(histories[name])}", flush=True)
     if given.draw:
-        with refusing(given.draw):
-            Path(given.draw).write_text(draw(histories, args.steps))
+        Path(given.draw).write_text(draw(histories, args.steps))
 
 
 if __name__ == "__main__":

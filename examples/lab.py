@@ -4,8 +4,7 @@ A cell of a grid is a setting of examples/hops/make.py, a method (flags of train
 Every cell is a run of its own, `python train.py ...` in a child process:
 
     runs/lab/GRID.csv                        one row per finished run; such a run is not run again
-    runs/lab/GRID-before.csv                 before training: one row per setting and reward
-    runs/lab/GRID.md, GRID.svg               tables and figure of the two (matplotlib)
+    runs/lab/GRID.md, GRID.svg               its table and figure (matplotlib)
     runs/lab/SETTING/base/, *.jsonl          base and data, made on demand, shared by all seeds
     runs/lab/SETTING/METHOD-sSEED-N-steps/   a run: log.jsonl, final/
 
@@ -15,8 +14,9 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
     python examples/lab.py --grid remedies   the flags that could keep them thinking
     python examples/lab.py --grid published  methods with all choices of their authors
+    python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
     python examples/lab.py --grid map --report --out examples/hops
-                                             tables and figure of the CSV files there, no new runs
+                                             table and figure of the CSV file there, no new runs
 
 A stopped laboratory goes on with the same command; a half-finished run starts again. Exact match of
 the whole answer is 0 for every method where the answer holds unpredictable tokens, so the hard
@@ -25,7 +25,6 @@ tokens are scored by themselves.
 
 import csv
 import json
-import math
 import os
 import random
 import shutil
@@ -34,12 +33,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 
 import torch
@@ -47,14 +46,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aggregate import AGGREGATORS, credit  # noqa: E402
+from aggregate import AGGREGATORS  # noqa: E402
 from data import Example, Pairs  # noqa: E402
-from examples.hops.make import Task, make_trace  # noqa: E402
+from examples.hops.make import POINTERS, Task, make_trace  # noqa: E402
+from examples.sums.make import SUMS  # noqa: E402
 from model import Transformer  # noqa: E402
-from preflight import NAMES, Group, sample_group_scores  # noqa: E402
 from sample import sample_to_marker, trace_ids  # noqa: E402
 from support.args import Args  # noqa: E402
-from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input, read_json  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 from support.weights import load_model  # noqa: E402
 
@@ -98,50 +97,56 @@ PROPOSED = {
 
 
 @dataclass(frozen=True)
+class Sums(Task):
+    """A setting of examples/sums."""
+
+    subject: str = "sums"
+
+
+FRESH = ROOT / "examples" / "hops" / "race_settings.json"
+
+
+def fresh_settings() -> list[tuple[Task, dict]]:
+    """Each with its line of the file: flags of train.py, and what was said of its rewards."""
+    found = []
+    for line in read_json(FRESH)["fresh"]:
+        script, *axes = line["make"].replace("--", "").split()
+        values = {name: json.loads(value) for name, value in (axis.split("=") for axis in axes)}
+        found.append(((Sums if "sums" in script else Task)(**values), line))
+    return found
+
+
+@dataclass(frozen=True)
 class Grid:
-    tasks: tuple[Task, ...]
-    methods: tuple[str, ...]
+    cells: list[tuple[Task, str]]  # setting, method
     seeds: int
     steps: int
 
 
 CONTROL = Task(easy=0)  # without an easy part no trace costs anything
 COSTLY = Task(easy=32, sloppy=0.3)
+MAP = [
+    CONTROL,
+    *(Task(easy=8, sloppy=sloppy) for sloppy in (0.0, 0.3)),
+    *(Task(easy=32, sloppy=sloppy) for sloppy in (0.0, 0.1, 0.3)),
+    *(Task(easy=easy, noise=noise) for easy in (0, 32) for noise in (4, 16)),
+    replace(COSTLY, hard=3),
+    Task(easy=128, sloppy=0.3),
+]
+QUICK = ["weighted_sum_log_prob", "arithmetic_mean", "sft"]
+PREDICTED = [
+    (task, f"{reward} {line['train']}".strip())
+    for task, line in fresh_settings()
+    for reward in line["race"]
+]
 GRIDS = {
-    "quick": Grid(
-        tasks=(CONTROL, COSTLY),
-        methods=("weighted_sum_log_prob", "arithmetic_mean", "sft"),
-        seeds=2,
-        steps=40,
-    ),
-    "map": Grid(
-        tasks=(
-            CONTROL,
-            *(Task(easy=8, sloppy=sloppy) for sloppy in (0.0, 0.3)),
-            *(Task(easy=32, sloppy=sloppy) for sloppy in (0.0, 0.1, 0.3)),
-            *(Task(easy=easy, noise=noise) for easy in (0, 32) for noise in (4, 16)),
-            replace(COSTLY, hard=3),
-            Task(easy=128, sloppy=0.3),
-        ),
-        methods=(*AGGREGATORS, "sft"),
-        seeds=3,
-        steps=60,
-    ),
-    "long": Grid((COSTLY,), (*COLLAPSING, VERIFREE), seeds=5, steps=300),
-    "published": Grid(
-        tasks=(
-            CONTROL,
-            *(Task(easy=easy, sloppy=0.0) for easy in (8, 32)),
-            Task(easy=8, sloppy=0.3),
-            Task(easy=32, sloppy=0.1),
-            COSTLY,
-        ),
-        methods=(*PUBLISHED, *PROPOSED),
-        seeds=3,
-        steps=60,
-    ),
-    "published-long": Grid((COSTLY,), (*PUBLISHED, *PROPOSED), seeds=3, steps=300),
-    "remedies": Grid((COSTLY,), (*REMEDIED, "exact_match", "sft"), seeds=3, steps=60),
+    "quick": Grid([*product([CONTROL, COSTLY], QUICK)], seeds=2, steps=40),
+    "map": Grid([*product(MAP, [*AGGREGATORS, "sft"])], seeds=3, steps=60),
+    "long": Grid([*product([COSTLY], [*COLLAPSING, VERIFREE])], seeds=5, steps=300),
+    "published": Grid([*product(MAP[:6], PUBLISHED | PROPOSED)], seeds=3, steps=60),
+    "published-long": Grid([*product([COSTLY], PUBLISHED | PROPOSED)], seeds=3, steps=300),
+    "remedies": Grid([*product([COSTLY], [*REMEDIED, "exact_match", "sft"])], seeds=3, steps=60),
+    "fresh": Grid(PREDICTED, seeds=5, steps=60),
 }
 
 
@@ -160,7 +165,8 @@ def label(row: dict) -> str:
     text += f", sloppy {row['sloppy']:g}" if row["easy"] else ""
     text += f", {row['noise']:g} noise" if row["noise"] else ""
     text += f", {row['worked']:g} worked" if row["worked"] != Task.worked else ""
-    return text + (f", {row['hard']:g} hard" if row["hard"] > 1 else "")
+    text += f", {row['hard']:g} hard" if row["hard"] > 1 else ""
+    return text + (f", {row['subject']}" if row.get("subject") else "")
 
 
 def folder_of(out: Path, task: Task) -> Path:
@@ -216,114 +222,64 @@ LOOKUPS_RIGHT = 0.9  # of a base that keeps lookups: 1.0, of one that lost them:
 
 
 def make_base(out: Path, task: Task) -> dict:
-    """A setting's data, base and what is measured before training, in its folder.
+    """A setting's data and base, in its folder.
 
     Some bases unlearn lookups on the mix of documents. Such a one cannot work a question out, so
     no reward could make it think; another seed takes its place.
     """
     folder = folder_of(out, task)
     unfinished = folder.with_name(folder.name + ".tmp")
+    script = ROOT / "examples" / getattr(task, "subject", "hops") / "make.py"
     for seed in range(task.seed, task.seed + BASE_SEEDS):
         shutil.rmtree(unfinished, ignore_errors=True)
         if replace(task, seed=seed) == Task():
             shutil.copytree(ROOT / "examples" / "hops", unfinished)  # the committed files
         else:
-            flags = [f"--{name}={value}" for name, value in vars(task).items()]
-            run_child(["examples/hops/make.py", *flags, f"--seed={seed}", "--out", unfinished])
+            axes = {axis.name: getattr(task, axis.name) for axis in fields(Task)} | {"seed": seed}
+            flags = [f"--{name}={value}" for name, value in axes.items()]
+            run_child([script, *flags, "--out", unfinished])
         model, tokenizer = load_model(unfinished / "base"), Tokenizer(unfinished / "base")
         lookups = lookups_right(model, tokenizer, read_examples(unfinished / "test.jsonl", 32))
         if lookups > LOOKUPS_RIGHT:
             break
     else:
         raise RuntimeError(f"{BASE_SEEDS} bases did not learn lookups; take more steps")
-    described = vars(task) | {"seed": seed, "lookups_right": lookups}
-    examples = read_examples(unfinished / "test.jsonl", QUESTIONS_BEFORE)
-    before = [described | row for row in before_training(model, tokenizer, examples)]
-    (unfinished / "before.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     unfinished.rename(folder)
-    return described
+    return {"seed": seed, "lookups_right": lookups}
 
 
 @torch.no_grad()
 def lookups_right(model: Transformer, tokenizer: Tokenizer, examples: list[Example]) -> float:
-    """Share of hops whose second name the base predicts, given a rightly worked trace up to it."""
+    """Share of hops whose last name the base predicts, given a rightly worked trace up to it."""
     right = []
+    (comma,) = tokenizer.encode_prompt(",")  # ends a hop
     for example in examples:
         trace = tokenizer.encode_prompt(worked_trace(example.question))  # 1 ann bob , 2 bob kim ,
         hidden = model(torch.tensor([example.prompt + trace]))[0]  # [L, H]
         predicted = model.lm_head(hidden[len(example.prompt) - 1 : -1]).argmax(dim=-1).tolist()
-        right += [predicted[at] == trace[at] for at in range(2, len(trace), 4)]
+        ends = [at for at in range(len(trace) - 1) if trace[at + 1] == comma]
+        right += [predicted[at] == trace[at] for at in ends]
     return sum(right) / len(right)
 
 
 def worked_trace(question: str) -> str:
     """The trace that make.py writes where it works this question out."""
-    told, asked = question.split("from")
-    follows = dict(fact.split() for fact in told.split(";")[:-1])
-    *starts, _, hops, _ = asked.split()  # a b c go 3 ?
-    paths = []
-    for start in starts:
-        path = [start]
-        for _ in range(int(hops)):
-            path.append(follows[path[-1]])
-        paths.append(path)
-    text, _ = make_trace("worked", paths, random.Random())
-    return text
-
-
-QUESTIONS_BEFORE = 96
-TRACES = 8  # per question
-
-
-def before_training(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example]
-) -> list[dict]:
-    """What each likelihood reward would pay the base's traces for, with the empty trace added to
-    each group of sampled ones: a row per reward.
-
-    predictor              mean advantage of rightly worked traces - that of the empty ones; None
-                           if no trace is rightly worked
-    helpful, empty, dead   mean advantages of each question's most helpful trace and of the empty
-                           one, without ground truth; share of questions with equal rewards
-    """
-    groups = sample_group_scores(model, tokenizer, examples, TRACES, Args.max_trace)
-    right, empty = [], []
-    for example, group in zip(examples, groups, strict=True):
-        right_one = worked_trace(example.question)
-        right += [tokenizer.decode(ids) == right_one for ids in group.traces]
-        empty += [not ids for ids in group.traces]
-    rows = []
-    for name in NAMES:
-        args = Args(aggregator=name)
-        credits = [credit(group.answer_logp, group.null_logp, args) for group in groups]
-        advantage = torch.cat([advantage for _, advantage, _ in credits])
-        row = {"method": name, "predictor": None, "worked_right": sum(right)}
-        if any(right):
-            row["predictor"] = float(advantage[right].mean() - advantage[empty].mean())
-        rows.append(row | helpful_and_empty(groups, [advantage for _, advantage, _ in credits]))
-    return rows
-
-
-def helpful_and_empty(groups: list[Group], advantages: list[torch.Tensor]) -> dict[str, float]:
-    """What `verdict` needs. A question without a trace that helps counts in `dead` alone."""
-    pairs = [
-        (float(advantage[group.gain.argmax()]), float(advantage[-1]))
-        for group, advantage in zip(groups, advantages, strict=True)
-        if group.gain[:-1].max() > 0
-    ]
-    helpful, empty = map(statistics.mean, zip(*pairs, strict=True)) if pairs else (math.nan,) * 2
-    dead = statistics.mean(not advantage.any() for advantage in advantages)
-    return {"helpful": helpful, "empty": empty, "dead": dead}
-
-
-MARGIN = 1.55  # of advantages; placed on the settings with one hard token and no noise, for K = 8
-
-
-def verdict(helpful: float, empty: float, dead: float) -> str:
-    """The rule that preflight.py had before the race: a baseline for it."""
-    if dead > 0.9 or math.isnan(helpful):
-        return "no signal"
-    return "keeps thinking" if helpful > empty - MARGIN else "removes thinking"
+    paths, subject = [], POINTERS
+    if "+" in question:
+        subject = SUMS
+        for terms in question.removesuffix(" ?").split(" ; "):
+            sums = accumulate(map(int, terms.split(" + ")))
+            paths.append([str(total % 10) for total in sums])
+    else:
+        told, asked = question.split("from")
+        follows = dict(fact.split() for fact in told.split(";")[:-1])
+        *starts, _, hops, _ = asked.split()  # a b c go 3 ?
+        for start in starts:
+            path = [start]
+            for _ in range(int(hops)):
+                path.append(follows[path[-1]])
+            paths.append(path)
+    return make_trace("worked", paths, random.Random(), subject)[0]
 
 
 # ---- a run
@@ -468,32 +424,24 @@ def mean_of(rows: list[dict], name: str) -> float:
     return statistics.mean(row[name] for row in rows)
 
 
-def report(rows: list[dict], before: list[dict]) -> str:
-    parts = [
-        f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
-        "seeds that think at the end",
-        table(rows, run_cell),
-    ]
-    if before:
-        parts += [
-            "Before training: mean advantage of rightly worked traces - that of the empty one; "
-            "preflight's helpful - empty, which knows no right trace",
-            table(before, before_cell),
-            "Preflight's verdicts. Its margin was placed on the settings with one hard token and "
-            "no unpredictable ones; the other settings are held out",
-            verdicts(rows, before),
-        ]
-    return "\n\n".join(parts)
+def report(rows: list[dict]) -> str:
+    text = f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
+    return f"{text}seeds that think at the end\n\n{table(rows)}"
 
 
-def table(rows: list[dict], cell: Callable[[list[dict]], str]) -> str:
-    """Markdown: a row per method, a column per setting. cell(rows of the seeds) -> text."""
+def table(rows: list[dict]) -> str:
+    """Markdown: a row per method, a column per setting."""
     found = group(rows)
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    lines = [["method", *settings], ["---"] * (len(settings) + 1)]
+    lines = []
     for method in dict.fromkeys(method for _, method in found):
-        texts = [cell(found[s, method]) if (s, method) in found else "" for s in settings]
+        texts = [run_cell(found[s, method]) if (s, method) in found else "" for s in settings]
         lines.append([f"`{method}`", *texts])
+    return markdown(["method", *settings], lines)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -505,27 +453,74 @@ def run_cell(rows: list[dict]) -> str:
     return f"{statistics.mean(right):.2f} ± {spread:.2f}, {length:.0f}, {think}/{len(rows)}"
 
 
-def before_cell(rows: list[dict]) -> str:
-    (row,) = rows
-    right = "-" if row["predictor"] is None else f"{row['predictor']:+.2f}"
-    return f"{right}; {row['helpful'] - row['empty']:+.2f}"
+# ---- the race and what came of it
+def compare(rows: list[dict]) -> str:
+    """Predictions of race_settings.json against the runs there are.
+
+    A run thinks if it does so at its end, a cell (setting and reward) if most of its seeds do.
+    """
+    runs, late = group(rows), GRIDS["fresh"].steps + 1
+    settings, lines, pairs = [], [], []
+    for task, line in fresh_settings():
+        cells = []
+        for reward, step in line["race"].items():
+            name = label(vars(task)), f"{reward} {line['train']}".strip()
+            if name not in runs:
+                continue
+            thinks = [row["survives"] for row in runs[name]]
+            steps = [row["thinks_from"] for row in runs[name]]
+            keeps = {"the race": step is not None, "always keeps": True, "always lost": False}
+            keeps |= {rule: reward in line[rule] for rule in ("earlier rule", "two features")}
+            cells.append((keeps, thinks))
+            pairs.append((step or late, statistics.median(s or late for s in steps)))
+            shown = " ".join(f"{s:.0f}" if s else "-" for s in steps)
+            right = "yes" if keeps["the race"] == most(thinks) else "no"
+            share = f"{sum(thinks)}/{len(thinks)}"
+            lines.append([*name, f"{step or '-'}", shown, share, right])
+        settings += [cells] if cells else []
+    rules = [score_of(rule, settings) for rule in settings[0][0][0]]
+    parts = [
+        f"{len(rows)} runs in {len(lines)} of {len(PREDICTED)} cells, {len(settings)} settings; "
+        "intervals by bootstrap over settings",
+        markdown(["", "cells right", "95 %", "runs right", "95 %", "right where it keeps"], rules),
+        "Spearman's correlation of the race's step and the measured one, median over seeds, never "
+        f"being the latest: {spearman(*zip(*pairs, strict=True))}",
+        markdown(["setting", "method", "race", "measured", "think", "race right"], lines),
+    ]
+    return "\n\n".join(parts)
 
 
-def verdicts(rows: list[dict], before: list[dict]) -> str:
-    """Verdicts of the earlier rule against the outcomes, per group of settings."""
-    runs, counts = group(rows), {}
-    for cell, (line,) in group(before).items():
-        if cell not in runs:
-            continue
-        # MARGIN was placed on these settings, and not on the other axes.
-        placed = "placed on" if line["noise"] == 0 and line["hard"] == 1 else "held out"
-        said = verdict(line["helpful"], line["empty"], line["dead"])
-        most_think = mean_of(runs[cell], "survives") > 0.5
-        counts.setdefault((placed, said), [0, 0])[most_think] += 1
-    lines = ["| settings | verdict | most seeds think | most seeds do not |", "|---|---|---|---|"]
-    for (placed, said), (no, yes) in sorted(counts.items()):
-        lines.append(f"| {placed} | {said} | {yes} | {no} |")
-    return "\n".join(lines)
+def most(seeds: list[bool]) -> bool:
+    return 2 * sum(seeds) > len(seeds)
+
+
+def score_of(rule: str, settings: list[list[tuple[dict, list[bool]]]]) -> list[str]:
+    """A rule's line. settings: its cells, each what the rules said and whether the seeds think."""
+    of_cells = [[said[rule] == most(seeds) for said, seeds in cells] for cells in settings]
+    of_runs = [[said[rule] == s for said, seeds in cells for s in seeds] for cells in settings]
+    keeps = [most(seeds) for cells in settings for said, seeds in cells if said[rule]]
+    texts = [rule]
+    for right in (of_cells, of_runs):
+        hits, counts = ([f(setting) for setting in right] for f in (sum, len))
+        low, high = bootstrap(hits, counts)
+        texts += [f"{sum(hits)} of {sum(counts)}", f"{low:.0%} to {high:.0%}"]
+    return [*texts, f"{sum(keeps)} of {len(keeps)}"]
+
+
+def bootstrap(hits: list[int], counts: list[int], draws: int = 10_000) -> list[float]:
+    """95 % interval of sum(hits) / sum(counts), drawing settings with replacement."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(hits), (draws, len(hits)), generator=generator)
+    shares = torch.tensor(hits)[drawn].sum(dim=1) / torch.tensor(counts)[drawn].sum(dim=1)
+    return shares.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> str:
+    """Equal values share a rank. Without two different ones there is no correlation."""
+    if min(len(set(a)), len(set(b))) < 2:
+        return "-"
+    ranks = [[sum((y < x) + (y <= x) for y in values) for x in values] for values in (a, b)]
+    return f"{statistics.correlation(*ranks):.2f}"
 
 
 # ---- figure
@@ -566,22 +561,20 @@ def run_grid(name: str, out: Path, jobs: int) -> int:
     """Makes the bases and the runs that are missing -> how many failed."""
     grid, file = GRIDS[name], out / f"{name}.csv"
     out.mkdir(parents=True, exist_ok=True)
+    tasks = list(dict.fromkeys(task for task, _ in grid.cells))
     bases = {
         f"base {label(vars(task))}": partial(make_base, out, task)
-        for task in grid.tasks
+        for task in tasks
         if not folder_of(out, task).exists()
     }
-    failed = run_all(jobs, bases, lambda base: f"lookups right {base['lookups_right']:.2f}")
-    made = [task for task in grid.tasks if folder_of(out, task).exists()]
-    before = [row for task in made for row in read_rows(folder_of(out, task) / "before.jsonl")]
-    write_csv(out / f"{name}-before.csv", [row for row in before if row["method"] in grid.methods])
-
+    failed = run_all(jobs, bases, "seed {seed}, lookups right {lookups_right:.2f}".format_map)
+    made = [task for task in tasks if folder_of(out, task).exists()]
     rows = read_csv(file)
     finished = {(label(row), row["method"], row["seed"], row["steps"]) for row in rows}
     runs = {}  # seed by seed: a grid that is stopped early has all settings and methods
-    for seed, task, method in product(range(grid.seeds), made, grid.methods):
+    for seed, (task, method) in product(range(grid.seeds), grid.cells):
         setting = label(vars(task))
-        if (setting, method, seed, grid.steps) not in finished:
+        if task in made and (setting, method, seed, grid.steps) not in finished:
             job = partial(do_run, out, task, method, seed, grid.steps)
             runs[f"{setting}: {method}, seed {seed}"] = job
 
@@ -595,16 +588,16 @@ def run_grid(name: str, out: Path, jobs: int) -> int:
 
 
 def write_report(path: Path) -> None:
-    """path.csv, path-before.csv -> path.md, printed too, and path.svg if matplotlib is there."""
+    """path.csv -> path.md, printed too, and path.svg if matplotlib is there, but for `fresh`."""
     rows = read_csv(path.with_suffix(".csv"))
     if not rows:
         print("no finished runs")
         return
-    before = read_csv(path.with_name(path.name + "-before.csv"))
-    text = report(rows, [row for row in before if row["method"] in NAMES])
+    fresh = path.name == "fresh"
+    text = compare(rows) if fresh else report(rows)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
-    if find_spec("matplotlib"):
+    if find_spec("matplotlib") and not fresh:
         draw_map(path.with_suffix(".svg"), rows)
 
 

@@ -1,16 +1,18 @@
 """examples/lab.py: the grids are what the flags allow, runs are resumed, and what it measures is
 right on cases that can be worked out by hand."""
 
+import json
 import math
 import random
 import sys
 
 import pytest
 
-import preflight
 from data import Trace
 from examples import lab
 from examples.hops import make
+from examples.sums import make as sums
+from preflight import NAMES
 from support.args import check_args, parse_args
 from support.tokenizer import Tokenizer
 
@@ -20,15 +22,31 @@ HOPS = lab.ROOT / "examples" / "hops"
 # ---- grids
 @pytest.mark.parametrize("grid", lab.GRIDS.values(), ids=lab.GRIDS)
 def test_train_accepts_every_method_of_a_grid_and_every_setting_has_a_name_of_its_own(grid):
-    for method in grid.methods:
+    for _, method in grid.cells:
         check_args(parse_args(lab.flags_of(method), ""))
-    assert len(set(grid.methods)) == len(grid.methods)
-    assert len({lab.label(vars(task)) for task in grid.tasks}) == len(grid.tasks)
+    assert len(set(grid.cells)) == len(grid.cells)
+    tasks = {task for task, _ in grid.cells}
+    assert len({lab.label(vars(task)) for task in tasks}) == len(tasks)
+
+
+def test_the_fresh_grid_is_the_file_of_predictions():
+    """Eleven settings of eight rewards; two of these compare traces, and cannot be clipped."""
+    settings = lab.fresh_settings()
+    assert len(settings) == 11
+    for task, line in settings:
+        for axis in line["make"].split()[1:]:
+            name, value = axis.removeprefix("--").split("=")
+            assert vars(task)[name] == float(value)
+        assert ("sums" in line["make"]) == (lab.label(vars(task)).endswith(", sums"))
+        clipped = "--clip-null" in line["train"]
+        rewards = set(NAMES) - {"info_gain"}
+        assert set(line["race"]) == rewards - ({"r3", "jlb_multi"} if clipped else set())
+    assert len(lab.GRIDS["fresh"].cells) == 9 * 8 + 2 * 6
 
 
 # ---- runs
 TINY = make.Task(easy=0, noise=1, steps=1)
-GRID = lab.Grid((TINY,), ("arithmetic_mean", "sft"), seeds=1, steps=1)
+GRID = lab.Grid([(TINY, "arithmetic_mean"), (TINY, "sft")], seeds=1, steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +55,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as small:
         small.setattr(lab, "LOOKUPS_RIGHT", -1.0)  # one step of pretraining teaches nothing
-        for size in ("EVAL_QUESTIONS", "HARD_ROWS", "QUESTIONS_BEFORE"):
+        for size in ("EVAL_QUESTIONS", "HARD_ROWS"):
             small.setattr(lab, size, 2)
         small.setitem(lab.GRIDS, "quick", GRID)
         assert lab.run_grid("quick", out, jobs=2) == 0
@@ -49,8 +67,6 @@ def test_a_finished_run_has_all_columns_and_no_checkpoint(finished):
     assert {row["method"] for row in rows} == {"arithmetic_mean", "sft"}
     columns = "easy sloppy noise hard seed steps eval_trace_len hard_right survives thinks_from"
     assert all(set(columns.split()) <= set(row) for row in rows)
-    (before,) = lab.read_csv(finished / "quick-before.csv")
-    assert before["method"] == "arithmetic_mean" and before["dead"] >= 0
     assert not list(finished.rglob("checkpoint-*"))
 
 
@@ -86,31 +102,20 @@ def test_a_rightly_worked_trace_is_what_make_writes_for_the_question(hard):
     for _ in range(20):
         question, paths = make.make_question(make.Task(hard=hard), rng)
         assert lab.worked_trace(question) == make.make_trace("worked", paths, rng)[0]
+        question, paths = sums.make_question(make.Task(hard=hard), rng)
+        assert lab.worked_trace(question) == make.make_trace("worked", paths, rng, sums.SUMS)[0]
 
 
 @pytest.fixture
 def worked_traces(monkeypatch):
-    """Every sampled trace is the rightly worked one of its question."""
+    """Every greedy trace is the rightly worked one of its question."""
 
     def sample(model, tokenizer, prompts, k, *limits, **settings):
         texts = [lab.worked_trace(tokenizer.decode(prompt)) for prompt in prompts]
         ids = [tokenizer.encode_prompt(f"{text} {make.MARKER}") for text in texts]
         return [[Trace(row, [0.0] * len(row), finished=True)] for row in ids]
 
-    monkeypatch.setattr(preflight, "sample_to_marker", sample)
     monkeypatch.setattr(lab, "sample_to_marker", sample)
-
-
-def test_the_trace_that_the_reward_prefers_is_paid_for(worked_traces):
-    """Groups of two traces, a rightly worked and the empty one: advantages +-1 / sqrt(2).
-
-    In the committed base a trace costs easy tokens and gains the hard one.
-    """
-    model, tokenizer = lab.load_model(HOPS / "base"), Tokenizer(HOPS / "base")
-    examples = lab.read_examples(HOPS / "test.jsonl", 4)
-    rows = {row["method"]: row for row in lab.before_training(model, tokenizer, examples)}
-    assert rows["arithmetic_mean"]["predictor"] == pytest.approx(-math.sqrt(2))
-    assert rows["weighted_sum_log_prob"]["predictor"] == pytest.approx(math.sqrt(2))
 
 
 def test_the_committed_base_looks_up_and_is_right_after_its_own_worked_trace_alone(worked_traces):
@@ -146,9 +151,58 @@ def test_thinking_appears_at_the_first_of_three_steps_with_gain_and_traces():
 
 # ---- tables
 def test_the_committed_table_is_made_of_the_committed_runs(tmp_path, capsys):
-    for name in ("map.csv", "map-before.csv"):
-        (tmp_path / name).write_bytes((HOPS / name).read_bytes())
+    (tmp_path / "map.csv").write_bytes((HOPS / "map.csv").read_bytes())
     lab.write_report(tmp_path / "map")
     assert (tmp_path / "map.md").read_text() == (HOPS / "map.md").read_text()
     if (tmp_path / "map.svg").exists():
         assert (tmp_path / "map.svg").read_text() == (HOPS / "map.svg").read_text()
+
+
+# ---- the race and what came of it
+def run_row(easy: int, method: str, seed: int, thinks_from: int | None) -> dict:
+    row = vars(make.Task(easy=easy)) | {"method": method, "seed": seed, "steps": 60}
+    return row | {"survives": thinks_from is not None, "thinks_from": thinks_from}
+
+
+def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch, capsys):
+    """Two settings have runs, in the first the race is right in both cells, in the second in none;
+    the third and a reward of the second have not been run."""
+
+    def setting(easy: int, race: dict, earlier: list[str], flags: str = "") -> dict:
+        line = {"make": f"examples/hops/make.py --easy={easy}", "train": flags, "race": race}
+        return line | {"earlier rule": earlier, "two features": list(race)}
+
+    fresh = [
+        setting(8, {"prob": 20, "r3": None}, ["prob"]),
+        setting(16, {"prob": None, "r3": 30, "log_prob": 9}, ["prob"], "--traces=4"),
+        setting(64, {"prob": 50}, []),
+    ]
+    (tmp_path / "settings.json").write_text(json.dumps({"fresh": fresh}))
+    monkeypatch.setattr(lab, "FRESH", tmp_path / "settings.json")
+    rows = [run_row(8, "prob", seed, step) for seed, step in enumerate((18, 24, None))]
+    rows += [run_row(8, "r3", seed, None) for seed in range(2)]
+    rows += [run_row(16, "prob --traces=4", 0, 40)]
+    # Half of the seeds are not most.
+    rows += [run_row(16, "r3 --traces=4", 0, 12), run_row(16, "r3 --traces=4", 1, None)]
+    lab.write_csv(tmp_path / "fresh.csv", rows)
+    lab.write_report(tmp_path / "fresh")
+    text = (tmp_path / "fresh.md").read_text()
+    assert text.startswith("8 runs in 4 of ") and " cells, 2 settings; " in text
+    assert "latest: 0.95" in text  # ranks 1, 3.5, 3.5, 2 and 1, 4, 3, 2
+    for line in (
+        "the race | 2 of 4 | 0% to 100% | 5 of 8 | 33% to 80% | 1 of 2",
+        "always keeps | 2 of 4 | 50% to 50% | 4 of 8 | 40% to 67% | 2 of 4",
+        "always lost | 2 of 4 | 50% to 50% | 4 of 8 | 33% to 60% | 0 of 0",
+        "earlier rule | 4 of 4 | 100% to 100% | 6 of 8 | 67% to 80% | 2 of 2",
+        "8 easy, sloppy 0.3 | prob | 20 | 18 24 - | 2/3 | yes",
+        "16 easy, sloppy 0.3 | r3 --traces=4 | 30 | 12 - | 1/2 | no",
+    ):
+        assert f"| {line} |" in text
+
+
+def test_the_interval_is_of_settings_and_equal_values_share_a_rank():
+    assert lab.bootstrap([8, 8, 4], [8, 8, 8]) == pytest.approx([0.5, 1.0])
+    assert lab.bootstrap([3] * 5, [4] * 5) == [0.75, 0.75]
+    # Ranks 1 2 3.5 3.5 and 1 3 2 4: products of deviations sum to 3, squares to 4.5 and 5.
+    assert lab.spearman([1, 2, 9, 9], [10, 30, 20, 70]) == f"{3 / math.sqrt(4.5 * 5):.2f}"
+    assert lab.spearman([1, 1], [1, 2]) == "-"

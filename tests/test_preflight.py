@@ -13,6 +13,7 @@ from aggregate import credit
 from data import Example
 from preflight import EMPTY, HELPFUL, IDLE, NAMES, PUSH, REPAIR, Group, fate, main, race
 from support.args import Args
+from support.errors import InputError
 from support.weights import save_model
 
 EASY, HARD = 9, 1  # answer tokens
@@ -166,15 +167,21 @@ def test_a_model_with_random_weights_gets_a_line_for_every_reward(
 ):
     save_model(tiny.model(9, torch.float32), tmp_path)
     letters(tmp_path / "words").save(tmp_path)
-    (tmp_path / "rows.jsonl").write_text(f'{{"question": "b c", "answer": "{answer}"}}\n')
+    (tmp_path / "rows.jsonl").write_text(f'{{"question": "b z", "answer": "{answer}"}}\n')
     flags += f" --model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 6 --device cpu"
     flags += f" --questions 2 --sampled 8 --steps 3 --draw {tmp_path}/race.svg"
     monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()])
     main()
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("8 traces, ") and "nats" in first
+    assert first.startswith("1 questions (") and ", 8 traces, " in first and "nats" in first
+    assert "of their tokens are <unk>: the tokenizer lacks them" in first
     assert [line.split()[0] for line in lines] == NAMES
     refused = {line.split()[0] for line in lines if "the empty trace has no such reward" in line}
     assert refused == ({"r3", "jlb_multi"} if "--clip-null" in flags else set())
     drawn = xml.dom.minidom.parse(f"{tmp_path}/race.svg")
     assert len(drawn.getElementsByTagName("polyline")) == 2 * (len(NAMES) - len(refused))
+    # Refused before anything is sampled.
+    monkeypatch.setattr(preflight, "sample_group_scores", None)
+    monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()[:-1], f"{tmp_path}/no/a.svg"])
+    with pytest.raises(InputError, match=r"no/a\.svg"):
+        main()

@@ -194,6 +194,7 @@ FLAGS = [
     *flags("sample", "--device=cuda:99", "--marker=<new> -> <new>", "--question="),
     *flags("sample", "--question=" + "a " * 3000),
     *flags("sample", "--seed=3"),
+    *flags("preflight", "--race-seed=-1"),
     *flags("evaluate", "--question=a --gold=a", "--predictions=gone/rows.jsonl"),
     ("train", put("f.py", FIVE), ["--clip-null", "--aggregator=f.py:f"], ["sees their text"]),
 ]
