@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train lab report figure test test-2.11 check clean
+.PHONY: train words lab report figure test test-2.11 check clean
 
 # RLPR as published, as near as flags come (README, "Methods are flags").
 RLPR := --aggregator arithmetic_mean --clip-null --null frozen --answer-weight none --filter-std 0.5
@@ -20,6 +20,15 @@ train: .venv/ready
 # With and without an easy part of the answer: where RLPR's mean stops thinking. Under ten minutes.
 lab: .venv/ready
 	$(BIN)/python examples/lab.py --quick
+
+# A model that nobody made for the task: SmolLM2-135M learns to think about word problems.
+words: .venv/ready
+	$(BIN)/python examples/words/make.py
+	$(BIN)/python examples/words/model.py
+	$(BIN)/python train.py --model runs/words-task/base --data runs/words-task/train.jsonl \
+	  --eval-data runs/words-task/test.jsonl --eval-questions 50 --eval-every 6 --max-trace 32 \
+	  --temperature 0.7 --lr 2e-5 --questions 4 --traces 8 --steps 12 --out runs/words --overwrite
+	$(BIN)/python examples/words/check.py --model runs/words/final --limit 50 --temperature 0.7
 
 # The runs of `make train` as one HTML page: curves, traces, token by token.
 report: .venv/ready

@@ -65,7 +65,7 @@ def make_rows(seed: int, count: int, most: int, steps: int) -> list[dict[str, st
 
 
 SHOTS = "".join(
-    f"Question: {row['question']}\nThink: {row['worked']}{MARKER} {row['answer']}\n\n"
+    f"Question: {row['question']}\nThink: {row['worked']}{MARKER}{row['answer']}\n\n"
     for row in make_rows(seed=4, count=len(FORMS), most=12, steps=2)
 )
 PROMPT_FORMAT = SHOTS + "Question: {question}\nThink:"
