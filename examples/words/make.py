@@ -4,8 +4,8 @@
     answer     Ann has 8 coins left.
 
 Nothing is worked out in the data. `SHOTS` is the prompt's head: three worked examples, one for each
-form of question, the only ones there are. They show the base what a trace is; examples/words/model.py
-writes them into the model's directory.
+form of question, the only ones there are. They show the base what a trace is; model.py writes them
+into the model's directory.
 
     python examples/words/make.py                 numbers from 3 to 12: a step that the base can do
     python examples/words/make.py --most 40       harder single steps
