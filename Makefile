@@ -21,7 +21,7 @@ train: .venv/ready
 lab: .venv/ready
 	$(BIN)/python examples/lab.py --quick
 
-# A model that nobody made for the task: SmolLM2-135M learns to think about word problems.
+# A model that nobody made for the task: a short run of SmolLM2-135M on word problems.
 words: .venv/ready
 	$(BIN)/python examples/words/make.py
 	$(BIN)/python examples/words/model.py

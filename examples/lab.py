@@ -74,7 +74,7 @@ REMEDIED = [
 ]
 
 # Methods as their authors run them: the flags that come closest. README has the table of what
-# still differs, EXPERIMENTS.md where it was read.
+# still differs, examples/README.md where it was read.
 PUBLISHED = {
     "NRT": "weighted_sum_log_prob",
     "RLPR": "arithmetic_mean --clip-null --null frozen --answer-weight none --filter-std 0.5",

