@@ -24,7 +24,7 @@ Example, its K Traces (data.py), the Tokenizer, and the traces' Scores (reward.p
         lengths = logp.new_tensor([len(trace.ids) for trace in traces])
         return logp.mean(dim=1).exp() - 0.01 * lengths
 
-What is unusual about a function it declares below itself, as an attribute:
+What is unusual about a function is an attribute of it, set below it:
 
     f.group = True          a trace's reward depends on the other traces of its question
     f.signed = True         it can be below 0 (--scale mean divides by the mean)
@@ -55,7 +55,7 @@ ROUNDING = 1e-6
 
 # ---- f, one function per method: logp [K, T], null_logp [T] -> reward [K]
 def log_prob(logp: Tensor, null_logp: Tensor) -> Tensor:
-    """f = sum_i log c_i.  JLB / JEPO with one sample; LaTRO."""
+    """f = sum_i log c_i.  LaTRO; JEPO with one sample (JLB, Jensen's lower bound)."""
     return logp.sum(dim=1)
 
 
@@ -183,7 +183,7 @@ def find_aggregator(name: str) -> Callable[..., Tensor]:
 
 
 def declares(name: str, attribute: str) -> bool:
-    """Whether the aggregator declares `attribute`: group, relative, objective or random."""
+    """Whether the aggregator has `attribute` (top of this file)."""
     return bool(getattr(find_aggregator(name), attribute, False))
 
 

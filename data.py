@@ -124,8 +124,9 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
 
     turns: the text of user, assistant, ..., user. where: "file:line", for InputError.
     """
-    with refusing(where):
+    with refusing(f"{where}: no row of JSON (examples/convert.py makes rows of other files)"):
         row = json.loads(line)
+    with refusing(where):
         if "messages" in row:
             turns = alternating_turns(row["messages"], where)
         else:

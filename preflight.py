@@ -4,8 +4,9 @@
     python preflight.py --model DIR --data pairs.jsonl --traces 16 --clip-null --draw race.svg
 
 At first a trace costs the easy tokens of an answer more than it gains on the hard ones, and many
-rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file runs
-that race. Sampled traces and the empty one are scored once, and are of three kinds:
+rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file plays
+that race between loss and repair. Sampled traces and the empty one are scored once, and are of
+three kinds:
 
     empty
     helpful    raises the uncertain answer tokens by more than HELPS nats together; uncertain are
@@ -16,10 +17,12 @@ The policy is two decisions, to think and then to help, and the state three numb
 
     p = sigmoid(a)    share of traces that think
     q = sigmoid(b)    share of helpful ones among those
-    s                 share of the cost repaired: easy tokens count (1 - s) log c + s log n
+    s                 share of the cost repaired: tokens that are not uncertain count
+                      (1 - s) log c + s log n
 
 A step draws K traces for each question, in shares 1 - p, p q, p (1 - q). The pay of a kind is the
-sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle. Then
+sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle, all =
+the three. Then, along the policy's gradient in a and b,
 
     a, b += Adam step of learning rate PUSH along pay_think - p pay_all, pay_helpful - q pay_think
     s    += REPAIR p (1 - s)

@@ -332,7 +332,9 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
         trained = tokenizer.trained_marker
         text = f"was trained with {trained!r}" if trained else "train.py adds it to a base"
         raise InputError(f"{args.model}: has no marker {tokenizer.marker!r}: {text}")
-    require(args.seed >= 0, f"--seed {args.seed}: should be 0 or more")
+    for name, least in {"seed": 0, "temperature": 0, "max_trace": 1, "max_answer": 1}.items():
+        value = getattr(args, name, least)
+        require(value >= least, f"{flag_of(name)} {value}: should be {least} or more")
     with refusing(f"--device {args.device}"):
         torch.empty(0, device=args.device)
     dtype = getattr(torch, args.dtype)
