@@ -28,7 +28,6 @@ words: .venv/ready
 	$(BIN)/python train.py --model runs/words-task/base --data runs/words-task/train.jsonl \
 	  --eval-data runs/words-task/test.jsonl --eval-questions 50 --eval-every 6 --max-trace 32 \
 	  --temperature 0.7 --lr 1e-5 --questions 4 --traces 8 --steps 12 --out runs/words --overwrite
-	$(BIN)/python examples/words/check.py --model runs/words/final --limit 50 --temperature 0.7
 
 # The runs of `make train` as one HTML page: curves, traces, token by token.
 report: .venv/ready
