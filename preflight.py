@@ -186,7 +186,7 @@ def main() -> None:
     add("--sampled", type=int, default=32, help="traces per question that the race draws from")
     add("--steps", type=int, default=100, help="of the race")
     add("--race-seed", type=int, default=0, help="of the draws; --seed: of the sample")
-    add("--draw", metavar="FILE.svg", help="the shares over the steps")
+    add("--draw", metavar="FILE.svg", type=Path, help="the shares over the steps")
     for name in OF_TRAINING.split():
         add_flag(parser, name)
     given = parser.parse_args()
@@ -194,11 +194,10 @@ def main() -> None:
     check_args(args)
     require(min(args.traces, given.sampled) > 0, "--traces, --sampled: should be 1 or more")
     require(given.race_seed >= 0, f"--race-seed {given.race_seed}: should be 0 or more")
+    there = not given.draw or given.draw.parent.is_dir()
+    require(there, f"--draw {given.draw}: there is no folder {given.draw and given.draw.parent}")
     model, tokenizer = open_model(given, untrained=True)
     examples = open_examples(given, model, tokenizer)
-    if given.draw:
-        with refusing(given.draw):
-            open(given.draw, "a").close()
     limits = (given.sampled, given.max_trace, given.seed, given.temperature)
     groups = sample_group_scores(model, tokenizer, examples, *limits)
     print(f"{len(groups)} questions{Pairs(given.data, tokenizer).note()}, {describe(groups)}")
@@ -213,7 +212,8 @@ def main() -> None:
         histories[name] = race(groups, own, given.race_seed)
         print(f"{name:26} {fate(histories[name])}", flush=True)
     if given.draw:
-        Path(given.draw).write_text(draw(histories, args.steps))
+        with refusing(given.draw):
+            given.draw.write_text(draw(histories, args.steps))
 
 
 if __name__ == "__main__":

