@@ -18,6 +18,7 @@ what is scored is not what was sampled.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -126,6 +127,7 @@ def parse_row(line: bytes, where: str) -> tuple[list[str], str]:
     """
     with refusing(f"{where}: no row of JSON (examples/convert.py makes rows of other files)"):
         row = json.loads(line)
+    require(isinstance(row, dict), f"{where}: is no JSON object")
     with refusing(where):
         if "messages" in row:
             turns = alternating_turns(row["messages"], where)
@@ -160,10 +162,23 @@ def alternating_turns(messages: list[dict], where: str) -> list[str]:
     return turns
 
 
-def first_examples(pairs: Pairs, count: int, fits: Callable[[Example], bool]) -> list[Example]:
+def fits(
+    example: Example,
+    positions: int,
+    max_trace: int,
+    max_prompt: float = math.inf,
+    max_answer: float = math.inf,
+) -> bool:
+    """Whether an example is within the length limits and the positions that the model knows."""
+    prompt, answer = len(example.prompt), len(example.answer)
+    together = prompt + max_trace + 1 + answer  # 1 for a forced marker
+    return 0 < prompt <= max_prompt and answer <= max_answer and together <= positions
+
+
+def first_examples(pairs: Pairs, count: int, row_fits: Callable[[Example], bool]) -> list[Example]:
     """The first `count` rows of the file without those that do not fit. InputError if none does."""
     rows = min(count, len(pairs))
-    fitting = [example for example in map(pairs.__getitem__, range(rows)) if fits(example)]
+    fitting = [example for example in map(pairs.__getitem__, range(rows)) if row_fits(example)]
     none = f"not one of the first {rows} rows fits the length limits and the model's positions"
     require(bool(fitting), f"{pairs.path}: {none}")
     return fitting
@@ -174,11 +189,11 @@ def first_examples(pairs: Pairs, count: int, fits: Callable[[Example], bool]) ->
 # A run saves its position in the stream and no random state: row and randomness are functions of
 # (seed, position).
 def next_examples(
-    pairs: Pairs, position: int, count: int, seed: int, fits: Callable[[Example], bool]
+    pairs: Pairs, position: int, count: int, seed: int, row_fits: Callable[[Example], bool]
 ) -> tuple[list[Example], int, int]:
     """The next `count` examples from `position` of the stream on.
 
-    fits: whether an example keeps to the length limits; others are skipped.
+    row_fits: whether an example keeps to the length limits; others are skipped.
     -> (examples, position after them, number of skipped rows)
     """
     examples: list[Example] = []
@@ -192,7 +207,7 @@ def next_examples(
             )
         example = pairs[row_at(position, len(pairs), seed)]
         position += 1
-        if fits(example):
+        if row_fits(example):
             examples.append(example)
     return examples, position, position - start - count
 

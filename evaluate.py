@@ -22,13 +22,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from aggregate import credit
-from data import Example, Pairs, Trace, first_examples, stream_seed
+from data import Example, Pairs, Trace, first_examples, fits, stream_seed
 from model import Transformer
 from reward import score
 from sample import sample_groups, sample_to_marker, sample_traces, think_and_answer, trace_ids
@@ -187,12 +188,9 @@ def open_examples(
         half = f"half of the model's {positions} positions"
         print(f"note: --max-trace {args.max_trace}, {half}", file=sys.stderr)
 
-    def fits(example: Example) -> bool:
-        length = len(example.prompt) + args.max_trace + 1 + len(example.answer)
-        return bool(example.prompt) and length <= positions
-
     pairs = Pairs(args.data, tokenizer)
-    examples = first_examples(pairs, args.limit, fits)
+    row_fits = partial(fits, positions=positions, max_trace=args.max_trace)
+    examples = first_examples(pairs, args.limit, row_fits)
     left_out = min(args.limit, len(pairs)) - len(examples)
     if left_out:
         print(f"note: {left_out} rows are left out: longer than the model", file=sys.stderr)

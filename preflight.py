@@ -193,7 +193,6 @@ def main() -> None:
     args = Args(**{name: getattr(given, name) for name in [*OF_TRAINING.split(), "steps"]})
     check_args(args)
     require(min(args.traces, given.sampled) > 0, "--traces, --sampled: should be 1 or more")
-    require(given.race_seed >= 0, f"--race-seed {given.race_seed}: should be 0 or more")
     there = not given.draw or given.draw.parent.is_dir()
     require(there, f"--draw {given.draw}: there is no folder {given.draw and given.draw.parent}")
     model, tokenizer = open_model(given, untrained=True)

@@ -54,9 +54,9 @@ import torch
 from torch import Tensor
 
 from aggregate import credit
-from data import Example, Pairs, Trace, first_examples, next_examples, stream_seed
+from data import Example, Pairs, Trace, first_examples, fits, next_examples, stream_seed
 from evaluate import held_out_figures
-from model import Config, Transformer, prefill
+from model import Transformer, prefill
 from reward import (
     Scores,
     log_ratio,
@@ -255,7 +255,13 @@ def train(args: Args) -> None:
         return distributed.stop()
     if args.device == "cpu" and parameters < SMALL_MODEL:
         torch.set_num_threads(1)
-    row_fits = partial(fits, args, model.config)
+    row_fits = partial(
+        fits,
+        positions=model.config.max_position_embeddings,
+        max_trace=args.max_trace,
+        max_prompt=args.max_prompt,
+        max_answer=args.max_answer,
+    )
     next_examples(pairs, run.position, 1, args.seed, row_fits)  # refuses data without a fitting row
     held_out = []
     if args.eval_data:
@@ -297,17 +303,6 @@ def moving_average(average: float, new: float) -> float:
     if not math.isfinite(new):
         return average
     return 0.99 * average + 0.01 * new if average else new
-
-
-def fits(args: Args, config: Config, example: Example) -> bool:
-    """Whether an example is within the length limits and the positions the model knows."""
-    prompt_len, answer_len = len(example.prompt), len(example.answer)
-    positions = prompt_len + args.max_trace + 1 + answer_len  # 1 for a forced marker
-    return (
-        0 < prompt_len <= args.max_prompt
-        and answer_len <= args.max_answer
-        and positions <= config.max_position_embeddings
-    )
 
 
 def main() -> None:

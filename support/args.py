@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from aggregate import AGGREGATORS, declares, find_aggregator, sees_text
+from aggregate import AGGREGATORS, aggregate, declares, sees_text
 from model import Transformer
 from support.distributed import world_size
 from support.errors import InputError, OneLineParser, read_json, refusing, require
@@ -250,7 +250,8 @@ def check_args(args: Args) -> None:
     check(args.questions % shares == 0, "questions updates", text)
     check(not (args.resume and args.overwrite), "resume overwrite", "they contradict each other")
     with refusing("--aggregator"):
-        find_aggregator(args.aggregator)
+        if not sees_text(args.aggregator):
+            aggregate(args.aggregator, torch.zeros(2, 3), torch.zeros(3))  # refuses another shape
     with refusing(f"--device {args.device}"):
         torch.empty(0, device=args.device)
     installed = args.tracker == "none" or find_spec(args.tracker) is not None
@@ -261,8 +262,8 @@ def check_args(args: Args) -> None:
         check(args.center == "none" or relative, "traces center", text)
         text = "one reward has no std; take --scale none"
         check(args.scale == "none", "traces scale", text)
-    of_traces = "null clip_null answer_weight center scale filter_std answers_first"
-    of_traces += " micro_traces decode_rows"
+    of_traces = "aggregator null clip_null answer_weight center scale filter_std answers_first"
+    of_traces += " temperature micro_traces decode_rows"
     for name in of_traces.split() if args.traces == 0 else ():
         default = getattr(args, name) == getattr(Args, name)
         check(default, f"traces {name}", "has no effect on plain SFT, which samples no trace")
@@ -332,9 +333,10 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
         trained = tokenizer.trained_marker
         text = f"was trained with {trained!r}" if trained else "train.py adds it to a base"
         raise InputError(f"{args.model}: has no marker {tokenizer.marker!r}: {text}")
-    for name, least in {"seed": 0, "temperature": 0, "max_trace": 1, "max_answer": 1}.items():
-        value = getattr(args, name, least)
-        require(value >= least, f"{flag_of(name)} {value}: should be {least} or more")
+    for least, names in enumerate(("seed race_seed temperature", "max_trace max_answer limit")):
+        for name in names.split():
+            value = getattr(args, name, least)
+            require(value >= least, f"{flag_of(name)} {value}: should be {least} or more")
     with refusing(f"--device {args.device}"):
         torch.empty(0, device=args.device)
     dtype = getattr(torch, args.dtype)

@@ -201,6 +201,7 @@ class Log:
             self.history = drop_lines_after(out / "log.jsonl", last_step)
             drop_lines_after(out / "samples.jsonl", last_step)
         config = read_json(out / "args.json")
+        self.first_step = config.get("answers_first", 0) + 1  # in which traces are trained
         self.tracker = config.get("tracker", "none") if writes else "none"
         self.track("init", project="nrt", name=out.name, config=config)
 
@@ -221,7 +222,7 @@ class Log:
         if not self.writes:
             return
         record = {name: finite(value) for name, value in record.items()}
-        warnings = signs_of_collapse(self.history, record)
+        warnings = signs_of_collapse(self.history, record, self.first_step)
         if warnings:
             record["warnings"] = warnings
         self.history.append(record)
@@ -360,13 +361,13 @@ SIGNS = (
 RUN = 3  # consecutive lines of the log with the sign's figures in which it must hold
 
 
-def signs_of_collapse(history: list[dict], record: dict) -> list[str]:
+def signs_of_collapse(history: list[dict], record: dict, first_step: int = 1) -> list[str]:
     """Texts of the signs that hold for the first time with `record`, the newest line of the log.
 
     history: the lines before it. A line keeps its warnings under the key "warnings", so that a run
-    that is resumed does not repeat them. Step 0 does not count.
+    that is resumed does not repeat them. Lines before first_step do not count.
     """
-    lines = [line for line in [*history, record] if line["step"] > 0]
+    lines = [line for line in [*history, record] if line["step"] >= first_step]
     given = "\n".join(text for line in history for text in line.get("warnings", []))
     found = []
     for name, figure, holds, remedy in SIGNS:

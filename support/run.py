@@ -201,8 +201,7 @@ class Run:
         final = read_json(self.out / "final/progress.json").get("step")  # may be of fewer --steps
         finished = self.step >= self.args.steps and self.step == final
         if finished and rank() == 0:
-            steps = f"step {self.step} of {self.args.steps}"
-            print(f"{self.out} is finished: {steps}; --steps N would continue it")
+            print(f"{self.out} is finished: a --steps of more than {self.step} would continue it")
         return finished
 
     # ---- writing

@@ -115,6 +115,7 @@ class Tokenizer:
         free = self.marker_id not in [*self.eos_ids, *self.prefix]
         require(free, f"--marker {self.marker!r} is an eos or bos token of {self.path}")
         if self.marker_is_new:
+            self.note += f"note: {self.path} lacks the marker {self.marker!r}: it gets that token\n"
             rows = max(rows, self.marker_id + 1)  # the embedding grows
         # Any text may need these. Of the added tokens a model may have fewer rows: Pairs refuses
         # the rows of a file that spell out one without.
@@ -210,8 +211,10 @@ class Tokenizer:
 
 # ---- reading a directory
 def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    final = file.parent / "final"
     advice = "for a model of the hub, first `hf download ORGANISATION/NAME --local-dir DIR`"
-    require(file.is_file(), f"{file}: no such file; {advice}, then --model DIR")
+    advice = f"the run's model is {final}" if final.exists() else f"{advice}, then --model DIR"
+    require(file.is_file(), f"{file}: no such file; {advice}")
     with refusing(f"{file}: not a tokenizer"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
         tokenizer.no_padding()  # some published files have those of a training run

@@ -202,7 +202,7 @@ def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
         ("--question=a --data=rows.jsonl", "--question"),
         ("--question=a", "--gold"),
         ("--gold=a --data=rows.jsonl", "--gold"),
-        ("--data=rows.jsonl --limit=0", "rows.jsonl"),
+        ("--data=rows.jsonl --limit=0", "--limit 0"),
         ("--data=rows.jsonl --max-trace=0", "--max-trace 0"),
         ("--question=a --gold=a --max-answer=0", "--max-answer 0"),
         ("--question=a --gold=a --temperature=-1", "--temperature -1.0"),

@@ -76,6 +76,14 @@ def test_warnings_are_written_printed_and_not_repeated_after_a_resume(tmp_path, 
     assert [len(line.get("warnings", [])) for line in lines] == [0, 0, 1, 0, 0, 0]
 
 
+def test_steps_that_train_no_trace_do_not_count_as_signs_of_collapse(tmp_path):
+    (tmp_path / "args.json").write_text('{"answers_first": 4}')
+    log = Log(tmp_path, steps=9, last_step=0)
+    for step in range(1, 8):
+        log.write({"step": step} | HEALTHY | BAD["dead_groups"])
+    assert [len(line.get("warnings", [])) for line in log.history] == [0] * 6 + [1]
+
+
 # ---- the console
 def test_the_console_names_how_traces_ended_and_says_nothing_of_it_in_plain_sft(tmp_path):
     log = Log(tmp_path, steps=9, last_step=0)

@@ -143,6 +143,7 @@ MODEL = [
 ]
 DATA = [
     *[(name, put(ROWS, GOOD + b"12"), [], [SECOND]) for name in ("train", "evaluate", "preflight")],
+    ("train", put(ROWS, GOOD + b'["a", "b"]'), [], [SECOND, "is no JSON object"]),
     ("train", put(ROWS, "\n"), [], [ROWS]),
     ("train", put(ROWS, b'{"question": "' + b"a " * 3000 + b'", "answer": "b"}'), [], [ROWS]),
     ("evaluate", drop(ROWS), [], [ROWS]),
@@ -160,6 +161,7 @@ def flags(command: str, *cases: str) -> list[Case]:
     return made
 
 
+MATRIX = "def f(logp, null_logp): return logp"
 FIVE = "def f(logp, null_logp, example, traces, tokenizer): ..."
 FLAGS = [
     *flags(
@@ -172,6 +174,8 @@ FLAGS = [
         "--traces=0 --clip-null",
         "--traces=0 --scale=none -> --scale",
         "--traces=0 --micro-traces=2 -> --micro-traces",
+        "--traces=0 --temperature=0.5 -> --temperature",
+        "--traces=0 --aggregator=prob -> --aggregator",
         "--clip-null --aggregator=r3 -> compares traces",
         "--resume --overwrite",
         "--aggregator=gone.py:f",
@@ -194,9 +198,11 @@ FLAGS = [
     *flags("sample", "--device=cuda:99", "--marker=<new> -> <new>", "--question="),
     *flags("sample", "--question=" + "a " * 3000),
     *flags("sample", "--seed=3"),
-    *flags("preflight", "--race-seed=-1"),
+    *flags("sample", "--model=run -> the run's model is run/final"),
+    *flags("preflight", "--race-seed=-1", "--limit=0"),
     *flags("evaluate", "--question=a --gold=a", "--predictions=gone/rows.jsonl"),
     ("train", put("f.py", FIVE), ["--clip-null", "--aggregator=f.py:f"], ["sees their text"]),
+    ("train", put("f.py", MATRIX), ["--aggregator=f.py:f"], ["f.py:f", "shape [2, 3]"]),
 ]
 RUN = [
     ("resume", merge(ARGS, lr=math.nan), [], ["lr"]),
