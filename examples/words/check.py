@@ -1,16 +1,15 @@
 """What a model's traces on word problems are worth: do they compute, or have they only the form?
 
-    accuracy, accuracy_null, gain, gain_shuffled     as in evaluate.py, after greedy traces
-    digits_null             log-prob of the gold number's digits without thinking, nats
-    digits_gain             what the greedy trace adds to it
-    digits_gain_shuffled    what another question's greedy trace adds to it
+After the empty trace, the greedy one, and SAMPLES traces a question at --temperature, means of
 
-Four traces a question, sampled at --temperature:
-
-    accuracy_sampled        share after which the greedy answer is right
-    steps_right             share with at least one step, and all steps right
-    worked                  share with all steps right, the last one ending at the gold number
-    trace_len, finished     tokens; share ended by the marker
+    accuracy                the greedy answer is the gold answer
+    number_right            its first number is that of the gold answer, whatever else it says
+    digits                  log-prob of the gold number's digits, nats
+    digits_gain             what the trace adds to it
+    digits_gain_shuffled    what another question's trace adds
+    steps_right             the trace has at least one step, and all its steps are right
+    worked                  and the last one ends at the gold number
+    trace_len, finished     tokens; ended by the marker
 
     python examples/words/check.py --model runs/words/final --temperature 0.7    a line of JSON
 """
@@ -25,8 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from data import Example  # noqa: E402
-from evaluate import is_right, open_examples, predict, sample_answers  # noqa: E402
+from data import Example, Trace  # noqa: E402
+from evaluate import is_right, open_examples, sample_answers  # noqa: E402
 from model import Transformer  # noqa: E402
 from reward import score  # noqa: E402
 from sample import sample_to_marker, trace_ids  # noqa: E402
@@ -43,46 +42,46 @@ def check_trace(text: str, gold: str) -> tuple[bool, bool]:
     steps = STEP.findall(text)
     right = [int(a) + int(sign + b) == int(c) for a, sign, b, c in steps]
     steps_right = bool(steps) and all(right)
-    return steps_right, steps_right and steps[-1][-1] == re.search(r"\d+", gold).group()
+    return steps_right, steps_right and steps[-1][-1] == number(gold)
 
 
-def digits(
-    model: Transformer, tokenizer: Tokenizer, examples: list[Example], max_trace: int
-) -> list[dict]:
-    prompts = [example.prompt for example in examples]
-    greedy = sample_to_marker(model, tokenizer, prompts, 1, max_trace, 0.0)
-    rows = []
-    for i, example in enumerate(examples):
-        pair = [greedy[i][0], greedy[i - 1][0]]
-        scores = score(model, example.prompt, pair, example.answer, tokenizer.marker_id)
-        chosen = [tokenizer.decode([token]).strip().isdigit() for token in example.answer]
-        null = float(scores.null_logp[chosen].sum())
-        own, other = (scores.answer_logp[:, chosen].sum(dim=1) - null).tolist()
-        rows.append({"digits_null": null, "digits_gain": own, "digits_gain_shuffled": other})
-    return rows
+def number(text: str) -> str | None:
+    found = re.search(r"\d+", text)
+    return found and found.group()
 
 
-def sampled(model: Transformer, tokenizer: Tokenizer, examples: list[Example], args) -> list[dict]:
-    prompts = [example.prompt for example in examples]
-    limits = (SAMPLES, args.max_trace, args.temperature, args.seed)
-    groups = sample_to_marker(model, tokenizer, prompts, *limits)
-    traces = [trace for group in groups for trace in group]
-    asked = [example for example in examples for _ in range(SAMPLES)]
-    contexts = [trace_ids(trace, tokenizer.marker_id) for trace in traces]
-    answers = sample_answers(model, tokenizer, asked, contexts)
-    rows = []
-    for example, trace, answer in zip(asked, traces, answers, strict=True):
-        steps_right, worked = check_trace(tokenizer.decode(trace.ids), example.gold)
-        rows.append(
-            {
-                "accuracy_sampled": is_right(tokenizer, example, answer),
+def figures(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    groups: list[list[Trace]],
+) -> dict[str, float]:
+    """The means at the top of this file. groups: equally many traces for each example."""
+    marker, rows = tokenizer.marker_id, []
+    asked = [example for example, group in zip(examples, groups, strict=True) for _ in group]
+    contexts = [trace_ids(trace, marker) for group in groups for trace in group]
+    answers = iter(sample_answers(model, tokenizer, asked, contexts))
+    for i, (example, group) in enumerate(zip(examples, groups, strict=True)):
+        scores = score(model, example.prompt, group + groups[i - 1], example.answer, marker)
+        digit = [tokenizer.decode([token]).strip().isdigit() for token in example.answer]
+        null = float(scores.null_logp[digit].sum())
+        gains = (scores.answer_logp[:, digit].sum(dim=1) - null).view(2, -1)  # [2, K]
+        for trace, gain, shuffled in zip(group, *gains.tolist(), strict=True):
+            answer = next(answers)
+            steps_right, worked = check_trace(tokenizer.decode(trace.ids), example.gold)
+            row = {
+                "accuracy": is_right(tokenizer, example, answer),
+                "number_right": number(tokenizer.decode(answer.ids)) == number(example.gold),
+                "digits": null + gain,
+                "digits_gain": gain,
+                "digits_gain_shuffled": shuffled,
                 "steps_right": steps_right,
                 "worked": worked,
                 "trace_len": len(trace.ids),
                 "finished": trace.finished,
             }
-        )
-    return rows
+            rows.append(row)
+    return {name: round(sum(row[name] for row in rows) / len(rows), 4) for name in rows[0]}
 
 
 @exit_on_bad_input
@@ -96,17 +95,14 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = open_model(args, untrained=True)
     examples = open_examples(args, model, tokenizer)
-    predicted = predict(model, tokenizer, examples, args.max_trace)
-    figures = ("accuracy", "accuracy_null", "gain", "gain_shuffled")
-    parts = [
-        [{name: row[name] for name in figures} for row in predicted],
-        digits(model, tokenizer, examples, args.max_trace),
-        sampled(model, tokenizer, examples, args),
-    ]
+    prompts = [example.prompt for example in examples]
+    greedy = sample_to_marker(model, tokenizer, prompts, 1, args.max_trace, 0.0)
+    limits = (SAMPLES, args.max_trace, args.temperature, args.seed)
+    sampled = sample_to_marker(model, tokenizer, prompts, *limits)
+    empty = [[Trace([], [], finished=False)]] * len(examples)
     found = {}
-    for rows in parts:
-        for name in rows[0]:
-            found[name] = round(sum(row[name] for row in rows) / len(rows), 4)
+    for kind, groups in (("empty", empty), ("greedy", greedy), ("sampled", sampled)):
+        found[kind] = figures(model, tokenizer, examples, groups)
     print(json.dumps(found))
 
 
