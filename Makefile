@@ -17,7 +17,7 @@ train: .venv/ready
 	$(BIN)/python train.py --out runs/hops-sft --overwrite --traces 0
 	$(BIN)/python examples/hops/compare.py runs/hops runs/hops-rlpr runs/hops-sft
 
-# With and without an easy part of the answer: where RLPR's mean stops thinking. Under ten minutes.
+# With and without an easy part of the answer: where arithmetic_mean stops thinking. Under ten minutes.
 lab: .venv/ready
 	$(BIN)/python examples/lab.py --quick
 

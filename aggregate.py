@@ -9,8 +9,8 @@ The objective and its gradient (paper, section 3). A method is the choice of one
     grad J = E_z[ f(c) grad log pi(z|x)  +  sum_i w_i grad log c_i ],     w_i = d f / d log c_i
 
 Each published f is one function below, under its formula. `AGGREGATORS` names them for the flag
---aggregator. The answer weight w comes from autograd through the same function, so that a new f
-needs no second formula. A function of your own stays in a file of your own:
+--aggregator. The exact answer weight w comes from autograd through the same function: a new f needs
+no second formula. A function of your own stays in a file of your own:
 
     def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
         return logp.exp().min(dim=1).values
@@ -194,21 +194,21 @@ def sees_text(name: str) -> bool:
 
 # ---- reward and answer weight
 def aggregate(
-    name: str, logp: Tensor, null_logp: Tensor, text: tuple = ()
+    name: str, logp: Tensor, null_logp: Tensor, seen: tuple = ()
 ) -> tuple[Tensor, Tensor]:
     """Rewards and exact answer weights of one question's traces.
 
     logp [K, T] and null_logp [T] in nats -> reward [K], weight [K, T] = d objective / d logp, both
     detached. The objective is the sum of the K rewards; for jlb_multi it is the bound L, so that
     weight[k] is the softmax over traces of sum_i logp, the same for every token of a trace.
-    text: (example, traces, tokenizer, scores) for a function that sees them.
+    seen: (example, traces, tokenizer, scores) for a function that sees them.
     ValueError for an unknown name, or for a reward that is not of shape [K].
     """
     f = find_aggregator(name)
     logp = logp.detach().requires_grad_()
     null_logp = null_logp.detach()
     with torch.enable_grad():
-        reward = f(logp, null_logp, *text[: len(signature(f).parameters) - 2])
+        reward = f(logp, null_logp, *seen[: len(signature(f).parameters) - 2])
         if reward.shape != logp.shape[:1]:  # broadcasting would go on with it, and be wrong
             shape = list(reward.shape)
             raise ValueError(f"{name} returned shape {shape}, it should be [{len(logp)}]")
@@ -230,7 +230,7 @@ def advantages(
 ) -> Tensor:
     """Group-relative advantages of one question's K traces, as in GRPO.
 
-    reward [K] -> advantage [K], detached. center: "mean" or "none". scale: "std" (unbiased),
+    reward [K] -> advantage [K], detached. center: "mean" or "none". scale: "std" (divisor K - 1),
     "mean" (of rewards that are not negative; MaxRL, arXiv 2602.02710) or "none". weight [K, T]: the
     exact answer weights of the rewards. ValueError for K = 1 with centring or scaling, and for
     unknown names.
@@ -267,15 +267,15 @@ def advantages(
 
 # ---- all of it for one question
 def credit(
-    logp: Tensor, null_logp: Tensor, args: Any, text: tuple = (), least_std: float = 0.0
+    logp: Tensor, null_logp: Tensor, args: Any, seen: tuple = (), least_std: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What multiplies the log-probs of one question's traces and answer in the loss; no gradient.
 
-    logp [K, T] and null_logp [T] in nats, text: as in `aggregate`. args: the flags --aggregator,
-    --clip-null, --center, --scale, --answer-weight. least_std: as in `advantages`.
+    logp [K, T] and null_logp [T] in nats, seen: as in `aggregate`. args: the flags --aggregator,
+    --clip-null, --traces, --center, --scale, --answer-weight. least_std: as in `advantages`.
     -> reward [K], advantage [K] of the traces, answer weight omega [K, T].
     """
-    reward, weight = aggregate(args.aggregator, logp, null_logp, text)
+    reward, weight = aggregate(args.aggregator, logp, null_logp, seen)
     if args.clip_null:
         null_reward, _ = aggregate(args.aggregator, null_logp[None], null_logp)  # [1]
         weight = weight * (reward > null_reward)[:, None]  # clamped: the derivative is 0

@@ -11,7 +11,7 @@ Training samples a trace after the prompt and scores the answer after prompt, tr
     prompt  trace  marker  answer
 
 The marker is one token, "<|response_start|>" in the paper. The model learns to end its trace with
-it; to a trace that ran out of tokens it is appended. The gold answer is tokenized here, once.
+it; to a trace that ended otherwise it is appended. The gold answer is tokenized here, once.
 Traces stay token ids: text that is decoded and tokenized again may come out as other ids, and then
 what is scored is not what was sampled.
 """
@@ -39,7 +39,7 @@ class Example:
     prompt: list[int]
     answer: list[int]  # ends with eos
     question: str  # the last question as text, for logs
-    gold: str  # the gold answer as text, for logs and exact match
+    gold: str  # the gold answer as text, for logs and predictions
 
 
 @dataclass
@@ -186,8 +186,8 @@ def first_examples(pairs: Pairs, count: int, row_fits: Callable[[Example], bool]
 
 # ---- order of rows
 # Training reads an endless stream of rows: all of them in random order, then all in another order.
-# A run saves its position in the stream and no random state: row and randomness are functions of
-# (seed, position).
+# A run saves its position in the stream and no random state: a row is a function of (seed,
+# position), the random numbers of its traces of (seed, step, row).
 def next_examples(
     pairs: Pairs, position: int, count: int, seed: int, row_fits: Callable[[Example], bool]
 ) -> tuple[list[Example], int, int]:

@@ -66,13 +66,14 @@ def held_out_figures(
     with gathered_view(model) as view:
         figures = mean_figures(predict(view, tokenizer, examples, args.max_trace))
         (traces,) = sample_groups(view, tokenizer, [example], step, args)
-        scores = score(view, example.prompt, traces, example.answer, marker)
+        how = {"temperature": args.temperature, "entropy": True}  # as in train_question
+        scores = score(view, example.prompt, traces, example.answer, marker, **how)
     null_logp = scores.null_logp
     if args.null == "frozen":
         null_logp = score(initial, example.prompt, [], example.answer, marker).null_logp
     torch.manual_seed(stream_seed(args.seed, step, example.index))  # as in train_step
-    text = (example, traces, tokenizer, scores)
-    reward, advantage, _ = credit(scores.answer_logp, null_logp, args, text)
+    seen = (example, traces, tokenizer, scores)
+    reward, advantage, _ = credit(scores.answer_logp, null_logp, args, seen)
     outcome = Outcome(example, traces, scores, null_logp, reward, advantage)
     log.samples(step, tokenizer, outcome, held_out=True)
     return figures
@@ -210,9 +211,10 @@ def main() -> None:
     require(one, "give either --data, or --question and --gold")
     require(args.temperature or not args.seed, "--seed has no effect on greedy decoding")
     unused = ("limit", "predictions") if args.data is None else ("max_answer", "temperature")
+    where = "with --data" if args.data else "without --data"
     for name in unused:
         default = getattr(args, name) == parser.get_default(name)
-        require(default, f"{flag_of(name)} has no effect {'on' if args.data else 'without'} --data")
+        require(default, f"{flag_of(name)} has no effect {where}")
     folder = args.predictions and args.predictions.parent
     there = not folder or folder.is_dir()
     require(there, f"--predictions {args.predictions}: there is no folder {folder}")

@@ -3,10 +3,10 @@
     python preflight.py --model DIR --data pairs.jsonl
     python preflight.py --model DIR --data pairs.jsonl --traces 16 --clip-null --draw race.svg
 
-At first a trace costs the easy tokens of an answer more than it gains on the hard ones, and many
-rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file plays
-that race between loss and repair. Sampled traces and the empty one are scored once, and are of
-three kinds:
+Often a trace at first costs the easy tokens of an answer more than it gains on the hard ones, and
+many rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file
+plays that race between loss and repair. Sampled traces and the empty one are scored once, and are
+of three kinds:
 
     empty
     helpful    raises the uncertain answer tokens by more than HELPS nats together; uncertain are
@@ -20,9 +20,9 @@ The policy is two decisions, to think and then to help, and the state three numb
     s                 share of the cost repaired: tokens that are not uncertain count
                       (1 - s) log c + s log n
 
-A step draws K traces for each question, in shares 1 - p, p q, p (1 - q). The pay of a kind is the
-sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle, all =
-the three. Then, along the policy's gradient in a and b,
+A step draws --questions groups of K traces, in shares 1 - p, p q, p (1 - q). The pay of a kind is
+the sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle,
+all = the three. Then, along the policy's gradient in a and b,
 
     a, b += Adam step of learning rate PUSH along pay_think - p pay_all, pay_helpful - q pay_think
     s    += REPAIR p (1 - s)
@@ -161,7 +161,7 @@ def describe(groups: list[Group]) -> str:
     empty, _, helpful = shares_of(kind)
     text = f"{len(kind)} traces, {empty:.1%} empty, {helpful:.1%} helpful"
     if not helpful:
-        return f"{text}: no trace helps, the best gains {gain.max():+.2f} nats"
+        return f"{text}: no trace helps, the best gains {gain.max():+.2f} nats on uncertain tokens"
     return f"{text}: these gain {gain[kind == HELPFUL].mean():+.2f} nats on uncertain tokens"
 
 
@@ -180,6 +180,7 @@ def draw(histories: dict[str, Tensor], steps: int) -> str:
 
 def main() -> None:
     parser = model_flags(__doc__)
+    parser.set_defaults(max_trace=Args.max_trace)
     add = parser.add_argument
     add("--data", required=True, help="JSONL file of question-answer pairs")
     add("--limit", type=int, default=64, help="pairs of --data, from the top")

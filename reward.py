@@ -5,8 +5,8 @@
                                   ...
                                   null:      m y*_1 ... y*_{T-1}         the empty trace: null_logp
 
-z_k is the trace without its marker, n_k tokens; m is the marker, sampled or forced. A branch feeds
-n_k + T tokens, and the prompt's last hidden state predicts its first token. Branches are rows of a
+z_k is the trace without its marker, L_k tokens; m is the marker, sampled or forced. A branch feeds
+L_k + T tokens, and the prompt's last hidden state predicts its first token. Branches are rows of a
 batch that continues the prompt's KV cache. Rows are padded on the right: causal attention hides the
 padding, and the head skips it. All log-probs are fp32 or wider.
 
@@ -62,7 +62,7 @@ def score(
     prompt: token ids, or their prefill. traces: Traces, or plain id lists for experiments; a trace
     that does not end with the marker gets it forced. null: score the empty trace as well.
     temperature: of the sampling distribution; it applies to trace and marker, the answer is always
-    scored at 1. entropy: compute it as well.
+    scored at 1. entropy: compute it as well. In the shapes B is the number of branches.
     """
     prompt = prompt if isinstance(prompt, Prefill) else prefill(model, [prompt])
     device = prompt.hidden.device
@@ -126,7 +126,7 @@ def score(
 class Branch:
     """A trace as it is scored."""
 
-    context: tuple[int, ...]  # the tokens between prompt and marker, n_k of them
+    context: tuple[int, ...]  # the tokens between prompt and marker, L_k of them
     actions: tuple[int, ...]  # the sampled tokens: the context, then the marker or cut token if any
     finished: bool
 

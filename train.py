@@ -16,16 +16,16 @@ Points 3 to 5 are `train_question` below: the algorithm, for one question.
                                 + lambda 1[k not finished] log pi(m | x, z_k) ]    marker term
            / 512
 
-x is a question, B the number of questions of one optimizer update, on all ranks together. z_k is a
-trace as it was sampled, with the token that ended it: the marker m, which ends thinking
-("finished"), another special token, or none at the length limit. The answer follows z_k and one m:
-the sampled one, or where there is none a forced one, in the place of another special token.
+x is a question, B the number of questions of one optimizer update, on all ranks together. z_k are
+a trace's tokens; the sum over t also has the one that ended it: the marker m, which ends thinking
+("finished"), another special token, or none at the length limit. The answer follows z_k and one m,
+the sampled one or a forced one.
 c_ki is the probability of token i of the gold answer there, n_i the same after the empty trace (the
 null think), whose log-prob is `null_logp`. Traces are sampled and scored at --temperature, answers
 at 1. rho is 1 with one update per step, else the truncated importance ratio (reward.py). omega = 1,
-the paper's choice, makes the answer term supervised learning; omega = w = df/dlog c makes the whole
-the gradient of J = E[f(c)] (--answer-weight exact --center none --scale none; the group's mean as
-baseline leaves (K - 1)/K of the trace term).
+the paper's choice, makes the answer term supervised learning; omega = w = df/dlog c makes it the
+gradient of J = E[f(c)] (--answer-weight exact --center none --scale none --marker-weight 0; the
+group's mean as baseline leaves (K - 1)/K of the trace term).
 
 How it differs from the usual GRPO script:
   1. No verifier and no reward model: the reward is made of the gold answer's probabilities.
@@ -78,7 +78,7 @@ from support.weights import load_model, load_with_marker
 LENGTH_SCALE = 512  # tokens; the one divisor, so that a token's share does not depend on lengths
 BETAS = (0.9, 0.95)  # AdamW, the paper's values; so is EPS
 EPS = 1e-15  # gradients divided by 512 are small, the usual 1e-8 would damp them
-SMALL_MODEL = 5_000_000  # parameters; below, a second CPU thread gains nothing (EXPERIMENTS.md)
+SMALL_MODEL = 5_000_000  # parameters; with fewer a second thread gains little (EXPERIMENTS.md)
 
 
 # ---- one question
@@ -101,23 +101,23 @@ def train_question(
     answer, marker, temperature = example.answer, tokenizer.marker_id, args.temperature
     prompt = prefill(model, [example.prompt])
     leaves = prompt_leaves(prompt)  # where the backward passes of the traces end
-    parts = micro_batches(traces, args.micro_traces)  # indices of traces; one part without the flag
-    with torch.set_grad_enabled(len(parts) == 1):
+    batches = micro_batches(traces, args.micro_traces)  # indices of traces; one without the flag
+    with torch.set_grad_enabled(len(batches) == 1):
         scores = score(model, leaves, traces, answer, marker, temperature=temperature, entropy=True)
     null_logp = scores.null_logp  # [T]
     if args.null == "frozen":
         with torch.no_grad():
             null_logp = score(initial, example.prompt, [], answer, marker).null_logp
-    text = (example, traces, tokenizer, scores)  # for an aggregator that sees them
-    reward, advantage, omega = credit(scores.answer_logp, null_logp, args, text, least_std)
+    seen = (example, traces, tokenizer, scores)  # by an aggregator that takes them
+    reward, advantage, omega = credit(scores.answer_logp, null_logp, args, seen, least_std)
     score_seconds = now() - began
 
     losses = []
-    for rows in parts:
-        own, part = [traces[i] for i in rows], scores
-        if len(parts) > 1:
+    for batch in batches:
+        own, part = [traces[i] for i in batch], scores
+        if len(batches) > 1:
             part = score(model, leaves, own, answer, marker, temperature=temperature, null=False)
-        terms = loss_terms(part, own, advantage[rows], omega[rows], args)
+        terms = loss_terms(part, own, advantage[batch], omega[batch], args)
         terms.sum().backward()
         losses.append(terms.detach())
     prompt_backward(prompt, leaves)
@@ -128,21 +128,21 @@ def train_question(
 def loss_terms(
     scores: Scores, traces: list[Trace], advantage: Tensor, omega: Tensor, args: Args
 ) -> Tensor:
-    """The share of m traces of one question in the loss at the top of this file.
+    """The share of k traces of one question in the loss at the top of this file.
 
-    advantage [m] and omega [m, T] are constants. -> [trace, answer, marker] terms, to be summed.
+    advantage [k] and omega [k, T] are constants. -> [trace, answer, marker] terms, to be summed.
     """
-    rho = torch.ones_like(scores.trace_logp)  # [m, Z]
+    rho = torch.ones_like(scores.trace_logp)  # [k, Z]
     if args.updates > 1:
         rho = truncated_ratio(log_ratio(scores, traces), advantage)
     questions = args.questions // args.updates  # B
     divisor = questions * LENGTH_SCALE * max(1, args.traces)
-    forced = (~scores.finished).to(scores.marker_logp.dtype)  # [m]
+    forced = (~scores.finished).to(scores.marker_logp.dtype)  # [k]
 
     # A coefficient multiplies a log-prob.
-    trace_coefficient = rho * advantage[:, None] * scores.trace_mask / divisor  # [m, Z]
-    answer_coefficient = omega / divisor  # [m, T]
-    marker_coefficient = args.marker_weight * forced / divisor  # [m]
+    trace_coefficient = rho * advantage[:, None] * scores.trace_mask / divisor  # [k, Z]
+    answer_coefficient = omega / divisor  # [k, T]
+    marker_coefficient = args.marker_weight * forced / divisor  # [k]
 
     trace = (trace_coefficient * scores.trace_logp).sum()
     answer = (answer_coefficient * scores.answer_logp).sum()

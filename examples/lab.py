@@ -8,7 +8,7 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     runs/lab/SETTING/base/, *.jsonl          base and data, made on demand, shared by all seeds
     runs/lab/SETTING/METHOD-sSEED-N-steps/   a run: log.jsonl, final/
 
-    python examples/lab.py --quick           minutes: arithmetic_mean (RLPR) stops thinking where
+    python examples/lab.py --quick           minutes: arithmetic_mean stops thinking where
                                              the answer has an easy part, and only there
     python examples/lab.py --grid map        9 aggregators and the baselines over 12 settings
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
@@ -59,7 +59,7 @@ from support.weights import load_model  # noqa: E402
 
 # ---- grids. A method is an aggregator, with further flags of train.py, or "sft"
 COLLAPSING = ("log_prob", "prob", "geometric_mean", "arithmetic_mean", "info_gain", "jlb_multi")
-VERIFREE = "prob --scale none"  # as its authors run it
+VERIFREE = "prob --scale none"  # without a std, as its authors do
 REMEDIED = [
     f"{aggregator} {remedy}".strip()
     for aggregator in ("arithmetic_mean", "log_prob", "prob")

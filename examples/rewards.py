@@ -22,7 +22,8 @@ def nover(logp: Tensor, null_logp: Tensor, example, traces, tokenizer) -> Tensor
     other traces that are both longer and worse.
 
     The perplexity is exp(NLL / (1 + log10 length)): a longer trace is compared as if its answer
-    were likelier. Equal traces have neighbouring ranks. No answer weight: a rank has no gradient.
+    were likelier. Equal traces have neighbouring ranks. No exact answer weight: a rank has no
+    gradient.
     """
     length = logp.new_tensor([max(1, len(trace.ids)) for trace in traces])  # [K] tokens
     nll = -logp.detach().mean(dim=1) / (1 + length.log10())  # [K]
@@ -37,7 +38,7 @@ nover.group = True
 
 def vr_cli(logp: Tensor, null_logp: Tensor) -> Tensor:
     """By how much the trace lowers the answer's perplexity, in steps: 0 below 0.05 % of it, 0.5
-    below 1 %, 0.9 below 2 %, else 1. No answer weight: steps have no gradient.
+    below 1 %, 0.9 below 2 %, else 1. No exact answer weight: steps have no gradient.
     """
     better = 1 - (null_logp.mean() - logp.detach().mean(dim=1)).exp()  # [K]
     steps = logp.new_tensor([0.0005, 0.01, 0.02])

@@ -20,9 +20,7 @@ and traces are cut into micro-batches by their number, not their length (reward.
 
 Memory of a rank, P parameters, bf16: 12 P/W + 2 P bytes while it samples, with the view; 16 P/W,
 two layers, embedding, head and activations while it trains. While it starts, each rank reads the
-whole model: 4 P. Forwards that share one backward hold their bf16 gradients until its end, up to
-2 P more; with --micro-traces there are none. One process in fp32 does without all this: a plain
-Transformer, no process group.
+whole model: 4 P. One process in fp32 does without all this: a plain Transformer, no process group.
 """
 
 import os

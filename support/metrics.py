@@ -1,7 +1,7 @@
 """Metrics and logging: the figures of a question, of a step, log.jsonl, samples.jsonl, the console.
 
 The keys of log.jsonl are stable; scripts rely on them. They are explained where they are made:
-`step_figures`, `time_figures` and evaluate.py. Log-probs in nats, lengths in tokens, times in
+`question_figures`, `step_figures`, `time_figures`, evaluate.py. Log-probs in nats, times in
 seconds. Means are over traces or questions of the step.
 
 A figure of your own is a number put into a question's figures (train.train_step): its mean is
@@ -39,7 +39,7 @@ class Outcome:
     reward: Tensor  # [K]
     advantage: Tensor  # [K]
     losses: Tensor | None = None  # [3] trace, answer and marker term; None if it only was scored
-    score_seconds: float = 0.0  # up to the advantages; the rest is backward
+    score_seconds: float = 0.0  # up to the advantages
 
 
 def question_figures(outcome: Outcome) -> dict:
@@ -51,7 +51,7 @@ def question_figures(outcome: Outcome) -> dict:
     low, high = RATIO_RANGE
     outside = (log_ratios.exp() < low) | (log_ratios.exp() > high)
     return {
-        "zero_std_frac": not outcome.advantage.any().item(),  # equal rewards, or held back
+        "zero_std_frac": not outcome.advantage.any().item(),  # equal rewards, or filtered
         "gold_logp_null": scores.null_logp.sum().item(),  # under the current policy
         "_reward": outcome.reward.tolist(),
         "_gold_logp_think": scores.answer_logp.detach().sum(dim=1).tolist(),
@@ -113,7 +113,7 @@ def step_figures(questions: list[dict], norms: list[float]) -> dict[str, float]:
         "cut_frac": mean(of_traces("_cut")),
         "limit_frac": mean(of_traces("_limit")),
         "entropy": sum(of_questions("_entropy_sum")) / actions,  # of the sampling distribution
-        "dup_frac": 1 - mean(of_questions("_distinct")),  # equal to another trace of the question
+        "dup_frac": 1 - mean(of_questions("_distinct")),  # 1 - distinct traces / K
         "rep_frac": mean(of_traces("_rep")),
         "ratio_max": max(of_questions("_ratio_max")),  # of pi / pi_sampler
         "clip_frac": sum(of_questions("_clipped")) / actions,  # tokens outside RATIO_RANGE
@@ -312,7 +312,7 @@ def drop_lines_after(file: Path, step: int) -> list[dict]:
 # What to try where the reward pays for short traces: preflight.py shows which reward would keep
 # this model thinking; with --clip-null none pays for stopping (EXPERIMENTS.md).
 OTHER_REWARD = "another --aggregator (preflight.py compares them)"
-# The sign; the figure it shows; whether it holds for a line of the log, given the run's first one;
+# The sign; the figure it shows; whether it holds for a line of the log, given the first;
 # what to try. Entropy is no sign: it falls when thinking is learnt as well.
 SIGNS = (
     (

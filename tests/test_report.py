@@ -121,9 +121,10 @@ def test_the_page_of_the_embedded_task_is_made_of_the_present_scripts():
 
 # ---- runs side by side
 def test_a_run_is_compared_by_its_last_evaluation_whatever_came_after_it_if_any():
-    args = {"traces": 8, "aggregator": "prob"}
+    args = {"traces": 8, "aggregator": "weighted_sum_log_prob"}
+    args |= {"clip_null": False, "null": "policy"}
     evaluated = {"eval_accuracy": 0.25, "eval_gain": 1.5, "trace_len_mean": 4.0}
-    name, trace = "VeriFree   held-out accuracy", "   trace  3.0 tokens"
+    name, trace = "NRT        held-out accuracy", "   trace  3.0 tokens"
     shown = compare.line_of(args, [evaluated, {"trace_len_mean": 3.0}])
     assert shown == f"{name} 0.25{trace}   gain +1.50 nats"
     assert compare.line_of(args, [{"trace_len_mean": 3.0}]) == f"{name} not evaluated{trace}"

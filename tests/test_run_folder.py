@@ -185,7 +185,7 @@ def test_updates_that_are_not_finite_are_not_applied_and_three_in_a_row_end_the_
     own = """calls = []
 def f(logp, null_logp):
     calls.append(1)
-    spoilt = float("nan") if len(calls) // 2 in (2, 4, 5, 6) else 0.0  # one call before, then two a step
+    spoilt = float("nan") if len(calls) // 2 in (2, 4, 5, 6) else 0.0  # two a step, one before
     return logp.sum(1) + logp.new_tensor([0.0, spoilt])
 """
     put("spoilt.py", own)()

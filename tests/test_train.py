@@ -535,6 +535,21 @@ def test_the_held_out_sample_has_the_null_think_that_rewards_use(plain_run, tmp_
     assert of_held_out(plain_run)[1] != first  # the current policy's drifts
 
 
+def test_a_reward_sees_traces_scored_as_they_were_sampled_in_training_and_evaluation(tmp_path):
+    own = """def gap(logp, null_logp, example, traces, tokenizer, scores):
+    assert scores.entropy.shape == scores.trace_logp.shape
+    recorded = [sum(trace.logp) + trace.cut_logp for trace in traces]
+    return scores.trace_logp.sum(dim=1) - logp.new_tensor(recorded)
+"""
+    (tmp_path / "own.py").write_text(own)
+    run(tmp_path / "run", aggregator=f"{tmp_path}/own.py:gap", temperature=0.7, steps=1)
+    samples = lines_of(tmp_path / "run/samples.jsonl")
+    assert [sample["held_out"] for sample in samples] == [True, False, True]
+    rewards = [trace["reward"] for sample in samples for trace in sample["traces"]]
+    # After the update the held-out traces are still the sampler's own.
+    assert max(map(abs, rewards)) < 1e-3
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(plain_run, tmp_path):
     plain = without_clock(lines_of(plain_run / "log.jsonl"))
     assert without_clock(run(tmp_path / "again")) == plain

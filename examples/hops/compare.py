@@ -1,4 +1,4 @@
-"""Prints runs on the embedded task side by side: held-out accuracy, sampled trace length, gain.
+"""Prints runs on the embedded task side by side: accuracy, sampled trace length, eval_gain.
 
     python examples/hops/compare.py runs/hops runs/hops-rlpr runs/hops-sft
 
@@ -13,7 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples.report import parse, read_log
 from support.errors import exit_on_bad_input, refusing
 
-NAMES = {"weighted_sum_log_prob": "NRT", "arithmetic_mean": "RLPR", "prob": "VeriFree"}
+# By aggregator, --clip-null and --null: as published (README).
+NAMES = {
+    ("weighted_sum_log_prob", False, "policy"): "NRT",
+    ("arithmetic_mean", True, "frozen"): "RLPR",
+}
 
 
 @exit_on_bad_input
@@ -26,7 +30,8 @@ def main() -> None:
 
 
 def line_of(args: dict, lines: list[dict]) -> str:
-    name = "plain SFT" if args["traces"] == 0 else args["aggregator"]
+    method = args["aggregator"], args["clip_null"], args["null"]
+    name = "plain SFT" if args["traces"] == 0 else NAMES.get(method, args["aggregator"])
     evaluated = [line for line in lines if "eval_accuracy" in line]
     accuracy, gain = "not evaluated", ""
     if evaluated:
@@ -34,7 +39,7 @@ def line_of(args: dict, lines: list[dict]) -> str:
         gain = f"   gain {evaluated[-1]['eval_gain']:+.2f} nats"
     trace = lines[-1].get("trace_len_mean")  # only evaluated so far: there is none
     length = "" if trace is None else f"   trace {trace:4.1f} tokens"
-    return f"{NAMES.get(name, name):10} held-out accuracy {accuracy}{length}{gain}"
+    return f"{name:10} held-out accuracy {accuracy}{length}{gain}"
 
 
 if __name__ == "__main__":
