@@ -21,10 +21,9 @@ from support.errors import InputError
 from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
-BOS = {"byte_level": "<|begin_of_text|>", "sentencepiece": "<s>"}
-EOS = {"byte_level": "<|end_of_text|>", "sentencepiece": "</s>"}
+EOS = {"llama3": "<|end_of_text|>", "llama2": "</s>"}
 
-every_kind = pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+every_kind = pytest.mark.parametrize("kind", ["llama3", "llama2"])
 
 
 def library_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -60,11 +59,9 @@ def test_a_question_becomes_the_prompt_and_the_answer_ends_with_eos(kind, tmp_pa
     tokenizer = Tokenizer(GOLDEN / kind)
     example = example_of(tmp_path, tokenizer, row)
     library = library_tokenizer(GOLDEN / kind)
-    bos = library.token_to_id(BOS[kind])
     eos = library.token_to_id(EOS[kind])
     prompt = "<|user|>\nWhat is 2 + 3?\n<|assistant|>\n"
     assert example.prompt == library.encode(prompt).ids  # the library puts bos in front
-    assert example.prompt[0] == bos and example.prompt.count(bos) == 1
     assert example.answer == [*library.encode("It is 5.", add_special_tokens=False).ids, eos]
     assert (example.question, example.gold, example.index) == ("What is 2 + 3?", "It is 5.", 0)
     # Some data has eos in its text.
@@ -93,20 +90,12 @@ def test_the_last_assistant_turn_is_the_answer_and_the_turns_before_it_the_promp
     assert example.answer == tokenizer.encode_answer("Paris.")
 
 
-@pytest.mark.parametrize("question", ["{question}", "a {x} {{y}} }{ {0}", "100 %s %(q)s"])
-def test_braces_in_a_question_stay_as_they_are(question, tmp_path):
-    tokenizer = Tokenizer(GOLDEN / "byte_level", prompt_format="Q{}: {question} {{A}}:")
-    example = example_of(tmp_path, tokenizer, pair(question, "b"))
-    expected = "<|begin_of_text|>Q{}: " + question + " {{A}}:"
-    assert tokenizer.decode(example.prompt, special=True) == expected
-
-
 def test_rows_are_found_whatever_stands_between_them(tmp_path):
     rows = [pair(f"{i} é 日本", "x" * i) for i in range(1, 6)]
     a, b, c, d, e = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n" + a + b"\r\n\n  \n" + b + b"\n" + c + b"\n\n" + d + b"\n" + e)
-    pairs = Pairs(file, Tokenizer(GOLDEN / "byte_level"))
+    pairs = Pairs(file, Tokenizer(GOLDEN / "llama3"))
     assert len(pairs) == 5
     for i in (4, 0, 2, 1, 3, 0):
         example = pairs[i]
@@ -182,25 +171,6 @@ def test_a_new_token_never_takes_the_id_of_another(tmp_path):
 
 
 # ---- marker
-@every_kind
-def test_a_missing_marker_is_added_after_the_vocabulary_as_one_token(kind):
-    before = library_tokenizer(GOLDEN / kind)
-    tokenizer = Tokenizer(GOLDEN / kind)
-    assert tokenizer.marker == MARKER == "<|response_start|>" and tokenizer.marker_is_new
-    assert tokenizer.marker_id == before.get_vocab_size()
-    ids = tokenizer.model.encode(f"yes{MARKER}", add_special_tokens=False).ids
-    assert ids[-1] == tokenizer.marker_id
-    text = "Question: what is 12 + 30? naïve 日本"  # ordinary text is split as before
-    assert tokenizer.model.encode(text).ids == before.encode(text).ids
-
-
-@pytest.mark.parametrize("marker, marker_id", [("c", 4), ("<eot>", 1)])
-def test_a_marker_the_vocabulary_has_is_kept(marker, marker_id, tmp_path):
-    tokenizer = Tokenizer(tiny.tokenizer_dir(tmp_path, special=("<eos>", "<eot>")), marker)
-    assert not tokenizer.marker_is_new
-    assert tokenizer.marker_id == marker_id and tokenizer.model.get_vocab_size() == 6
-
-
 @pytest.mark.parametrize(
     "special, eos, marker, cut",
     [
@@ -220,12 +190,12 @@ def test_every_special_token_but_the_marker_cuts_a_trace(special, eos, marker, c
 
 @pytest.mark.parametrize(
     "name, reserved",
-    [("<|reserved_special_token_0|>", True), ("<|eot_id|>", False), ("<|new|>", False)],
+    [("<|reserved_special_token_0|>", True), ("<|start_header_id|>", False), ("<|new|>", False)],
 )
 def test_a_reserved_token_is_recognised_until_a_directory_has_it_as_its_marker(
     name, reserved, tmp_path
 ):
-    tokenizer = Tokenizer(GOLDEN / "byte_level", marker=name)
+    tokenizer = Tokenizer(GOLDEN / "llama3", marker=name)
     assert tokenizer.marker_is_reserved is reserved
     assert tokenizer.marker_is_new is (name == "<|new|>")
     tokenizer.save(tmp_path)
@@ -233,20 +203,6 @@ def test_a_reserved_token_is_recognised_until_a_directory_has_it_as_its_marker(
 
 
 # ---- what is saved
-@every_kind
-def test_a_saved_tokenizer_reads_back_the_same(kind, tmp_path):
-    tokenizer = Tokenizer(GOLDEN / kind, marker="<|think_end|>", prompt_format="Q: {question}\nA:")
-    tokenizer.save(tmp_path)
-    back = Tokenizer(tmp_path)
-    assert not back.marker_is_new
-    for name in ("marker", "marker_id", "prompt_format", "eos_ids", "cut_ids", "prefix"):
-        assert getattr(back, name) == getattr(tokenizer, name)
-    text = "Who? naïve 日本 <|think_end|> Kim."
-    assert back.model.encode(text).ids == tokenizer.model.encode(text).ids
-    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert (described["bos_token"], described["eos_token"]) == (BOS[kind], EOS[kind])
-
-
 @pytest.mark.parametrize("prompt_format", [PROMPT_FORMAT, "chat"])
 @pytest.mark.parametrize("kind", sorted(folder.name for folder in GOLDEN.iterdir()))
 def test_transformers_reads_in_an_export_what_was_trained(kind, prompt_format, tmp_path):
@@ -290,10 +246,10 @@ def test_a_token_that_another_file_names_is_a_token(name, named, special, tmp_pa
     assert exported.encode("a <x>").ids == [1, 5]
 
 
-@pytest.mark.parametrize("marker", ["<|new|>", "<|eot_id|>"])
+@pytest.mark.parametrize("marker", ["<|new|>", "<|start_header_id|>"])
 def test_a_saved_marker_stays_in_text_from_which_special_tokens_are_dropped(marker, tmp_path):
     """Other software drops them, and finds the answer behind the marker."""
-    shutil.copytree(GOLDEN / "byte_level", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(GOLDEN / "llama3", tmp_path, dirs_exist_ok=True)
     tokenizer = Tokenizer(tmp_path, marker=marker)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     entry = {"content": marker, "special": True}
@@ -355,7 +311,7 @@ def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, 
     if in_file:
         (tmp_path / "chat_template.jinja").write_text(CHATML)
     else:
-        (tmp_path / "chat_template.jinja").unlink()
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
         described["chat_template"] = CHATML
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     assert "--prompt-format chat" in Tokenizer(tmp_path).note
@@ -444,7 +400,7 @@ def test_a_bad_row_is_refused_at_the_start_by_file_and_line(row, says, tmp_path)
     rows = [GOOD, GOOD, GOOD, b"", GOOD, GOOD, row, GOOD]  # line 7: blank lines count
     file = write_rows(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(InputError, match=says) as refusal:
-        Pairs(file, Tokenizer(GOLDEN / "byte_level"))
+        Pairs(file, Tokenizer(GOLDEN / "llama3"))
     assert str(refusal.value).startswith(f"{file}:7: ")
 
 
@@ -495,7 +451,7 @@ def test_the_next_examples_are_those_of_the_stream_that_fit_and_the_others_are_c
     seen = []
     for _ in range(4):  # over several epochs
         examples, after, too_long = next_examples(
-            Rows(10), position, 6, seed=1, fits=lambda example: example.index % 3 != 0
+            Rows(10), position, 6, seed=1, row_fits=lambda example: example.index % 3 != 0
         )
         assert after - position == 6 + too_long
         position = after
@@ -514,7 +470,7 @@ def test_rows_of_which_none_fits_are_refused(position):
         return False
 
     with pytest.raises(InputError, match=r"rows.jsonl: .* 5 rows fits --max-prompt"):
-        next_examples(Rows(5), position, 2, seed=0, fits=fits)
+        next_examples(Rows(5), position, 2, seed=0, row_fits=fits)
     assert set(seen) == set(range(5)) and len(seen) <= 10  # every row, and then no further
 
 

@@ -27,7 +27,7 @@ from support.args import HELD_OUT, Args, check_args, hops_defaults, parse_args
 from support.errors import InputError
 from support.metrics import question_figures, step_figures
 from support.tokenizer import Tokenizer
-from support.weights import load_model, load_with_marker
+from support.weights import load_model, load_with_marker, save_model
 from train import LENGTH_SCALE, train, train_question, update
 
 ROOT = Path(__file__).parents[1]
@@ -577,18 +577,18 @@ def test_every_mode_trains(changes, tmp_path):
         assert all(line["ratio_max"] - 1 > 1e-4 for line in lines)
 
 
-@pytest.mark.parametrize("marker", ["<|new|>", "<|reserved_special_token_0|>", "<|eot_id|>"])
+@pytest.mark.parametrize("marker", ["<|new|>", "<|reserved_special_token_0|>", "<|start_header_id|>"])
 def test_a_marker_never_trained_starts_as_a_copy_of_eos_and_one_the_model_knows_stays(
     marker, tmp_path
 ):
-    shutil.copytree(ROOT / "tests/golden/export", tmp_path / "model")
-    (tmp_path / "model/nrt.json").unlink()
+    shutil.copytree(ROOT / "tests/golden/tokenizers/llama3", tmp_path / "model")
+    save_model(tiny_model(dtype=torch.float32, vocab_size=365), tmp_path / "model")
     before = load_model(tmp_path / "model")
     tokenizer = Tokenizer(tmp_path / "model", marker)
     after = load_with_marker(tmp_path / "model", tokenizer, torch.float32, "cpu")
     rows = max(tokenizer.marker_id + 1, before.config.vocab_size)
     assert after.config.vocab_size == len(after.lm_head.weight) == rows
-    source = tokenizer.marker_id if marker == "<|eot_id|>" else tokenizer.eos_ids[0]
+    source = tokenizer.marker_id if marker == "<|start_header_id|>" else tokenizer.eos_ids[0]
     kept = [i for i in range(before.config.vocab_size) if i != tokenizer.marker_id]
     for table in ("embed_tokens", "lm_head"):
         ours, theirs = (getattr(model, table).weight for model in (after, before))

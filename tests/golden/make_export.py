@@ -1,7 +1,7 @@
 """Makes the golden export: a directory like train.py's final/, and what transformers reads there.
 
 tests/golden/export/ is written by our own save_model and Tokenizer.save: a tiny random Llama on
-the byte-level golden tokenizer, with the marker added. `expected.json` is written by transformers
+the cut tokenizer of Llama 2, with the marker added. `expected.json` is written by transformers
 from that directory: the token ids its chat template gives for a few conversations, and what its
 greedy `generate` continues them with. The tests write the directory again, compare every file,
 and compare ids with our own.
@@ -41,7 +41,7 @@ NEW_TOKENS = 40
 
 def export(folder: Path) -> None:
     """Writes the directory, as training would."""
-    tokenizer = Tokenizer(HERE / "tokenizers/byte_level")
+    tokenizer = Tokenizer(HERE / "tokenizers/llama2")
     config = Config(
         vocab_size=tokenizer.marker_id,  # without the marker, which copy_token_rows adds
         hidden_size=16,
@@ -49,11 +49,11 @@ def export(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_ids[0],
+        eos_token_id=tokenizer.eos_ids,
         bos_token_id=tokenizer.prefix[0],
     )
     model = Transformer(config)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform: no near-ties in greedy decoding
             noise = torch.randn(parameter.shape, generator=generator)
