@@ -79,7 +79,7 @@ class Pairs:
             if not line.isspace():
                 where = f"{self.path}:{number}"
                 turns, gold = parse_row(line, where)
-                if any(map(tokenizer.spells_out, (*turns, gold))):
+                if any(map(tokenizer.spelled.search, (*turns, gold))):
                     self.count_special(turns, gold, where)
                 digest.update(line)
                 self.offsets.append(offset)

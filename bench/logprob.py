@@ -19,8 +19,6 @@ its row.
 import argparse
 import functools
 import gc
-import importlib
-import importlib.util
 import statistics
 import sys
 import time
@@ -28,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -70,19 +67,6 @@ def chunked(hidden, weight, target, step=naive) -> Tensor:
     return torch.cat(parts)
 
 
-def torch_linear_cross_entropy(hidden, weight, target) -> Tensor:
-    """The fused function of torch 2.13; its output has the input's dtype."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
-
-
-def liger(hidden, weight, target) -> Tensor:
-    """Liger's kernel with our contract (from 0.8.5); on Hopper it needs its extra [cutedsl]."""
-    module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
-    function = module.LigerFusedLinearScaledCrossEntropyFunction
-    return -function.apply(hidden, weight, target, 1.0)
-
-
 @functools.cache
 def contenders() -> dict[str, Callable]:
     found = {"ours": linear_logprob, "ours, with entropy": with_entropy}
@@ -92,11 +76,6 @@ def contenders() -> dict[str, Callable]:
         found["ours, torch"] = functools.partial(linear_logprob, backend="torch")
         found["compiled"] = compiled
         found["compiled chunked"] = functools.partial(chunked, step=compiled)
-    # on a CPU it takes ten times as long as naive
-    if CUDA and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found["F.linear_cross_entropy"] = torch_linear_cross_entropy
-    if CUDA and importlib.util.find_spec("liger_kernel"):
-        found["Liger"] = liger
     return found
 
 

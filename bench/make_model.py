@@ -89,12 +89,6 @@ def random_model(
     return assign(model, state)
 
 
-def save_with_tokenizer(model: Transformer, out: Path) -> None:
-    save_model(model, out)
-    for file in TOKENIZER_FILES:
-        shutil.copyfile(machine.BASE / file, out / file)
-
-
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
@@ -102,7 +96,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the directory")
     flags = parser.parse_args()
     model = random_model(flags.shape, flags.layers, device=machine.default_device())
-    save_with_tokenizer(model, flags.out)
+    save_model(model, flags.out)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(machine.BASE / file, flags.out / file)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {flags.out}: {count / 1e6:.1f}M parameters in bfloat16")
 

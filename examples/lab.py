@@ -425,11 +425,6 @@ def mean_of(rows: list[dict], name: str) -> float:
 
 
 def report(rows: list[dict]) -> str:
-    text = f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
-    return f"{text}seeds that think at the end\n\n{table(rows)}"
-
-
-def table(rows: list[dict]) -> str:
     """Markdown: a row per method, a column per setting."""
     found = group(rows)
     settings = list(dict.fromkeys(setting for setting, _ in found))
@@ -437,7 +432,8 @@ def table(rows: list[dict]) -> str:
     for method in dict.fromkeys(method for _, method in found):
         texts = [run_cell(found[s, method]) if (s, method) in found else "" for s in settings]
         lines.append([f"`{method}`", *texts])
-    return markdown(["method", *settings], lines)
+    text = f"{len(rows)} runs: hard tokens right (mean ± std over seeds), trace tokens, "
+    return f"{text}seeds that think at the end\n\n" + markdown(["method", *settings], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

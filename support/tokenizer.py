@@ -131,6 +131,7 @@ class Tokenizer:
         self.without_row = {entry.content for token, entry in added.items() if token >= rows}
         named = special | {self.marker_id}
         names = {entry.content for token, entry in added.items() if token in named}
+        # What a text spells out becomes the token.
         self.spelled = re.compile("|".join(map(re.escape, names | self.without_row)))
 
     # ---- text to ids and back
@@ -166,10 +167,6 @@ class Tokenizer:
     def decode(self, ids: list[int], special: bool = False) -> str:
         """Text for people and for exact match, never for scoring. special: show special tokens."""
         return self.model.decode(ids, skip_special_tokens=not special)
-
-    def spells_out(self, text: str) -> bool:
-        """Whether the text holds a special token's name: it becomes that token."""
-        return self.spelled.search(text) is not None
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether both make the same tokens of every row."""

@@ -162,36 +162,6 @@ def hardest_token(logp, null_logp):  # [K, T], [T] -> reward [K]
 """
 
 
-def test_an_aggregator_of_ones_own_is_named_by_file_and_function(tmp_path):
-    (tmp_path / "my_file.py").write_text(MY_FILE)
-    logp, null_logp, c, _ = given("ordinary", torch.float64)
-    reward, weight = aggregate(f"{tmp_path}/my_file.py:hardest_token", logp, null_logp)
-    assert reward.tolist() == pytest.approx([min(row) for row in c], rel=1e-12)
-    least = [[p if p == min(row) else 0.0 for p in row] for row in c]  # w = c df/dc
-    torch.testing.assert_close(weight, torch.tensor(least, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("count", [2, 4, 5])
-def test_a_function_sees_as_much_of_its_question_as_it_has_parameters(count, monkeypatch):
-    def brief(logp, null_logp, example, traces):
-        assert example == "the example"
-        return logp.mean(dim=1).exp() - torch.tensor([len(trace) for trace in traces]).to(logp)
-
-    def briefer(logp, null_logp, example, traces, tokenizer):
-        assert tokenizer == "the tokenizer"
-        return brief(logp, null_logp, example, traces)
-
-    for f in (brief, briefer):
-        monkeypatch.setitem(AGGREGATORS, f.__name__, f)
-    logp, null_logp, _, _ = given("ordinary", torch.float64)
-    text = ("the example", ["a", "abc", "abcdef"], "the tokenizer", "the scores")
-    name = {2: "geometric_mean", 4: "brief", 5: "briefer"}[count]
-    reward, weight = aggregate(name, logp, null_logp, text)
-    mean, mean_weight = aggregate("geometric_mean", logp, null_logp)
-    paid = torch.zeros(3) if count == 2 else torch.tensor([1, 3, 6])
-    assert torch.equal(reward, mean - paid) and torch.equal(weight, mean_weight)
-
-
 def test_a_reward_made_of_the_scores_alone_has_no_answer_weight(monkeypatch):
     """Though their graph is still there."""
 
@@ -326,25 +296,3 @@ def test_clipping_against_the_null_think_floors_rewards_and_silences_their_answe
     assert torch.allclose(reward, torch.tensor([math.exp(-1) - math.exp(-2), 0.0]))
     assert torch.equal(reward, advantage)
     assert torch.allclose(omega, torch.tensor([[math.exp(-1) / 2] * 2, [0.0] * 2]))
-
-
-@pytest.mark.parametrize("name, center", [("geometric_mean", "mean"), ("jlb_multi", "none")])
-@pytest.mark.parametrize("scale", ["std", "none"])
-@pytest.mark.parametrize("answer_weight", ["fixed", "exact", "none"])
-def test_credit_is_made_of_aggregate_and_advantages(name, center, scale, answer_weight):
-    """A reward that is relative to its group (jlb_multi) is not centred again."""
-    logp, null_logp, _, _ = given("ordinary", torch.float64)
-    args = Args(aggregator=name, scale=scale, answer_weight=answer_weight)
-    got = credit(logp, null_logp, args)
-    reward, weight = aggregate(name, logp, null_logp)
-    omega = {"fixed": torch.ones_like(logp), "exact": weight, "none": torch.zeros_like(logp)}
-    expected = reward, advantages(reward, center, scale, weight), omega[answer_weight]
-    assert all(map(torch.equal, got, expected))
-
-
-def test_plain_sft_has_no_advantage_and_answer_weight_1():
-    logp, null_logp, _, _ = given("K = 1", torch.float64)
-    for answer_weight in ("fixed", "exact"):
-        args = Args(traces=0, answer_weight=answer_weight)
-        _, advantage, omega = credit(logp, null_logp, args)
-        assert not advantage.any() and torch.equal(omega, torch.ones_like(logp))

@@ -18,7 +18,6 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from support import distributed
 from support.args import Args, check_args
-from support.distributed import all_shares, own_share
 from support.weights import load_model
 from train import train_question
 
@@ -173,20 +172,6 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
 
 
 # ---- whose questions
-@pytest.mark.parametrize(("ranks", "updates"), [(1, 3), (2, 1), (4, 2)])
-def test_the_ranks_questions_are_the_batch_and_come_back_in_its_order(ranks, updates, monkeypatch):
-    batch = list(range(24))
-    own, update = [], len(batch) // updates
-    for rank in range(ranks):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        own.append(own_share(batch))
-        for i, number in enumerate(own[-1]):  # each update trains its own questions
-            assert number // update == i // (update // ranks)
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: own)
-    assert all_shares(own[0]) == batch
-
-
 # ---- the process group
 def launched(monkeypatch, **env: str) -> None:
     """As if torchrun had started this process as one of two."""

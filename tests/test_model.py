@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from model import Config, Prefix, Transformer, prefill, rope_table, visible
+from model import Config, Prefix, Transformer, rope_table, visible
 from support.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,40 +76,6 @@ def test_a_text_in_pieces_equals_the_text_in_one_forward(name):
 
 
 # ---- a prompt and its branches
-@every_model
-@torch.no_grad()
-def test_branches_that_share_a_prompt_equal_whole_rows(name):
-    model, tokens = golden(name)
-    prompt = tokens[:1, :11]
-    branches = torch.stack([tokens[0, 11:], tokens[1, 11:], tokens[1, :13]])  # [3, 13]
-    prefix = Prefix()
-    assert_close(model(prompt, prefix), model(tokens[:1])[:, :11], 1e-12)
-    whole = model(torch.cat([prompt.expand(3, -1), branches], dim=1))[:, 11:]
-    assert_close(model(branches, prefix), whole, 1e-12)
-    # The first branches have not changed the prefix.
-    assert_close(model(branches[2:, :4], prefix), whole[2:, :4], 1e-12)
-    assert prefix.length == 11
-
-
-@pytest.mark.parametrize("sizes", [[3, 1, 8, 2], [2, 2]])
-def test_prefill_gives_each_prompts_own_state_and_gradient_whatever_it_is_padded_to(sizes):
-    model = tiny.model(3)
-    prompts = [[5, 6, 7, 8, 9, 10, 1, 2][:size] for size in sizes]
-    generator = torch.Generator().manual_seed(0)
-    goal = torch.randn(len(sizes), 16, dtype=torch.float64, generator=generator)
-    read = prefill(model, prompts)
-    (read.hidden * goal).sum().backward()
-    gradient = [parameter.grad.clone() for parameter in model.layers.parameters()]
-    model.zero_grad()
-    for i, prompt in enumerate(prompts):
-        alone = model(torch.tensor([prompt]))[0, -1]
-        assert torch.allclose(read.hidden[i], alone, rtol=0, atol=1e-12)
-        (alone * goal[i]).sum().backward()
-    for own, parameter in zip(gradient, model.layers.parameters(), strict=True):
-        assert torch.allclose(own, parameter.grad, rtol=0, atol=1e-11)
-    assert read.past.length == max(sizes)
-
-
 def test_recomputation_does_not_append_to_the_cache_again():
     model, past = tiny.model(), Growing()
     model.recompute = True

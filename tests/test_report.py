@@ -63,7 +63,8 @@ def in_node(groups: list[tuple[list, list]]) -> list[dict]:
         const figures = (name, [logp, nullLogp]) => {
           const { reward, weight } = aggregate(name, logp, nullLogp);
           const of = (center, scale) => advantages(reward, weight, center, scale);
-          return { reward, weight, mean: of("mean", "std"), unscaled: of("mean", "none") };
+          const [std, none] = [of("mean", "std"), of("mean", "none")];
+          return { reward, weight, std, none, mean: of("none", "mean") };
         };
         const names = Object.keys(AGGREGATORS);
         console.log(JSON.stringify(GROUPS.map((group) =>
@@ -95,8 +96,9 @@ def test_rewards_weights_and_advantages_of_the_page_are_those_of_aggregate_py():
             expected = {
                 "reward": reward,
                 "weight": weight,
-                "mean": advantages(reward, weight=weight),
-                "unscaled": advantages(reward, "mean", "none", weight=weight),
+                "std": advantages(reward, weight=weight),
+                "none": advantages(reward, "mean", "none", weight=weight),
+                "mean": advantages(reward, "none", "mean", weight=weight),
             }
             for key, value in expected.items():
                 found = torch.tensor(figures[key], dtype=torch.float64)

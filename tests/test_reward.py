@@ -159,23 +159,6 @@ def test_one_token_of_prompt_and_one_of_answer_are_enough():
     assert_same_scores(once, repeated(model, traces, prompt=[3], answer=[7]))
 
 
-def test_null_think_and_entropy_are_only_made_when_asked_for():
-    model = make()
-    full = repeated(model, TRACES)
-    full.null_logp = full.entropy = None
-    assert_same_scores(score(model, PROMPT, TRACES, ANSWER, MARKER, null=False), full)
-
-
-def test_the_null_think_alone_can_be_scored_and_is_what_an_empty_trace_gets():
-    """Forced or sampled, the marker right after the prompt is the null think."""
-    model = make()
-    alone = score(model, PROMPT, [], ANSWER, MARKER, entropy=True)
-    assert alone.marker_logp.shape == (0,) and alone.answer_logp.shape == (0, len(ANSWER))
-    for empty in ([], [MARKER]):
-        scores = score(model, PROMPT, [empty], ANSWER, MARKER, null=False)
-        assert_close(scores.answer_logp[0], alone.null_logp)
-
-
 # ---- micro-batches
 FROZEN = [(kind, "") for kind in MODELS]
 FROZEN += [("plain", "embed_tokens layers norm"), ("sliding window", "embed_tokens layers.0")]

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_refusals import COMMANDS, assert_refused, merge, put, run, tensors, tree
 
 import sample
 import train
 from support.args import Args
-from support.weights import load_model, stored_dtypes
+from support.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 NORM = "model.norm.weight"
@@ -158,14 +157,6 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(world, monk
 
 
 # ---- weights
-def test_every_tensor_of_final_has_the_type_it_has_in_the_initial_model(world, monkeypatch):
-    tensors(**{NORM: load_file("model/model.safetensors")[NORM].to(torch.bfloat16)})()
-    before = stored_dtypes("model")
-    assert set(before.values()) == {torch.float32, torch.bfloat16}
-    assert run("train", [], monkeypatch) == 0
-    assert stored_dtypes("new/final") == before
-
-
 # ---- not finite
 def test_a_parameter_that_is_nan_is_logged_and_ends_the_run_before_a_checkpoint(
     world, monkeypatch, capfd

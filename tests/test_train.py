@@ -20,9 +20,7 @@ import train as train_module
 from aggregate import AGGREGATORS, advantages, aggregate, declares, joint_bound, sees_text
 from data import Example, Trace
 from model import Transformer
-from reward import score
 from sample import sample_groups, sample_traces
-from support import distributed
 from support.args import HELD_OUT, Args, check_args, hops_defaults, parse_args
 from support.errors import InputError
 from support.metrics import question_figures, step_figures
@@ -367,22 +365,6 @@ def test_an_update_clips_the_gradient_and_is_not_applied_where_it_is_not_finite(
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_bf16_computes_while_fp32_gradients_collect_what_bf16_would_lose():
-    """A gradient and 1/1024 of it: a bf16 sum would be the first alone."""
-    distributed.start("cpu", torch.bfloat16)
-    model = distributed.shard(tiny_model(dtype=torch.float32), torch.bfloat16)
-    sums = {}
-    for factors in ([1], [1024, 1]):
-        for factor in factors:  # a power of 2 changes no digit of a bf16 number
-            (factor * score(model, PROMPT, [[1]], ANSWER, MARKER).answer_logp.sum()).backward()
-        sums[len(factors)] = {n: distributed.whole(p.grad) for n, p in model.named_parameters()}
-        model.zero_grad()
-    distributed.stop()
-    for name, one in sums[1].items():
-        assert one.dtype == torch.float32 and one.abs().max() > 0
-        torch.testing.assert_close(sums[2][name], 1025 * one, rtol=1e-5, atol=0)
-
-
 # ---- figures
 def test_the_figures_of_a_step_are_their_definitions():
     model, args = tiny_model(), Args(questions=1, traces=4, aggregator="log_prob")
@@ -577,7 +559,10 @@ def test_every_mode_trains(changes, tmp_path):
         assert all(line["ratio_max"] - 1 > 1e-4 for line in lines)
 
 
-@pytest.mark.parametrize("marker", ["<|new|>", "<|reserved_special_token_0|>", "<|start_header_id|>"])
+MARKERS = ["<|new|>", "<|reserved_special_token_0|>", "<|start_header_id|>"]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
 def test_a_marker_never_trained_starts_as_a_copy_of_eos_and_one_the_model_knows_stays(
     marker, tmp_path
 ):

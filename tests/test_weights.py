@@ -325,21 +325,6 @@ def test_a_tensor_that_is_not_the_models_is_refused_by_name(name, tensor, says, 
     assert_refused(tmp_path, f"tensor {name} {says}")
 
 
-@pytest.mark.parametrize(
-    "keep", [0, 7, 500, -1], ids=["empty", "in the length", "in the header", "in the last tensor"]
-)
-def test_a_truncated_file_is_refused_by_name(keep, tmp_path):
-    file = rewritten("llama2", tmp_path)
-    file.write_bytes(file.read_bytes()[:keep])
-    assert_refused(tmp_path, file)
-
-
-def test_a_file_that_the_index_names_and_that_is_gone_is_refused_by_name(tmp_path):
-    shutil.copytree(GOLDEN / "sharded", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    assert_refused(tmp_path, tmp_path / "model-00002-of-00003.safetensors")
-
-
 def test_two_models_in_one_directory_are_refused_by_both_names(tmp_path):
     shutil.copytree(GOLDEN / "sharded", tmp_path, dirs_exist_ok=True)
     shutil.copy(GOLDEN / "mistral_v03/model.safetensors", tmp_path)

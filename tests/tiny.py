@@ -62,12 +62,11 @@ def tokenizer_dir(
     words: Sequence[str] = ("a", "b", "c", "d"),
     special: Sequence[str] = ("<eos>",),
     eos: object = "<eos>",
-    bos: str = "",
 ) -> Path:
     """A directory with a tokenizer of whole words; decoded text has a space between words.
 
     Ids are in the order special, words. eos: the eos_token of tokenizer_config.json, None for no
-    such file. bos: is put in front of every text, as by Llama's tokenizers.
+    such file.
     """
     names = [*special, *words]
     vocab = {name: i for i, name in enumerate(names)}
@@ -76,10 +75,6 @@ def tokenizer_dir(
     made.add_special_tokens(
         [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
     )
-    if bos:
-        made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
-        )
     path.mkdir(parents=True, exist_ok=True)
     made.save(str(path / "tokenizer.json"))
     if eos is not None:

@@ -81,5 +81,6 @@ function advantages(reward, weight, center = "mean", scale = "std") {
   const spread = std(reward, 1);
   if (spread <= floor) return reward.map(() => 0);
   const baseline = center === "mean" ? mean(reward) : 0;
-  return reward.map((x) => (x - baseline) / (scale === "std" ? spread : 1));
+  const divisor = { std: spread, mean: mean(reward), none: 1 }[scale];
+  return reward.map((x) => (x - baseline) / divisor);
 }
