@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
@@ -450,12 +451,16 @@ def run_cell(rows: list[dict]) -> str:
 
 
 # ---- the race and what came of it
-def compare(rows: list[dict]) -> str:
-    """Predictions of race_settings.json against the runs there are.
+NEVER = 61  # a step later than any of the grid
 
-    A run thinks if it does so at its end, a cell (setting and reward) if most of its seeds do.
+
+def compare(rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
+    """Predictions of race_settings.json against the runs there are -> text, and for each cell
+    (setting and reward) the step of the race and the measured one, median over seeds.
+
+    A run thinks if it does so at its end, a cell if most of its seeds do.
     """
-    runs, late = group(rows), GRIDS["fresh"].steps + 1
+    runs = group(rows)
     settings, lines, pairs = [], [], []
     for task, line in fresh_settings():
         cells = []
@@ -468,7 +473,7 @@ def compare(rows: list[dict]) -> str:
             keeps = {"the race": step is not None, "always keeps": True, "always lost": False}
             keeps |= {rule: reward in line[rule] for rule in ("earlier rule", "two features")}
             cells.append((keeps, thinks))
-            pairs.append((step or late, statistics.median(s or late for s in steps)))
+            pairs.append((step or NEVER, statistics.median(s or NEVER for s in steps)))
             shown = " ".join(f"{s:.0f}" if s else "-" for s in steps)
             right = "yes" if keeps["the race"] == most(thinks) else "no"
             share = f"{sum(thinks)}/{len(thinks)}"
@@ -483,7 +488,29 @@ def compare(rows: list[dict]) -> str:
         f"being the latest: {spearman(*zip(*pairs, strict=True))}",
         markdown(["setting", "method", "race", "measured", "think", "race right"], lines),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts), pairs
+
+
+def draw_race(pairs: list[tuple[float, float]]) -> str:
+    """SVG: the race's step and the measured one, a dot per cell, larger where cells coincide."""
+    left, bottom, scale = 60, 4 * NEVER + 20, 4  # pixels, a step has `scale` of them
+    parts = ['<rect width="100%" height="100%" fill="white"/>']
+    for step in (0, 20, 40, NEVER):
+        text = "never" if step == NEVER else step
+        parts.append(f'<text x="{left + scale * step - 8}" y="{bottom + 20}">{text}</text>')
+        parts.append(f'<text x="15" y="{bottom - scale * step + 4}">{text}</text>')
+    parts.append(
+        f'<text x="{left}" y="{bottom + 40}">right: thinking from step, by the race</text>'
+    )
+    parts.append(f'<text x="{left}" y="12">up: thinking from step, measured</text>')
+    parts.append(f'<g transform="translate({left} {bottom}) scale({scale} -{scale})">')
+    parts.append(
+        f'<path d="M0 {NEVER}V0H{NEVER}M0 0L60 60" fill="none" stroke="grey" stroke-width=".3"/>'
+    )
+    for (race, measured), count in Counter(pairs).items():
+        parts.append(f'<circle cx="{race}" cy="{measured:g}" r="{count**0.5:.2f}" opacity=".5"/>')
+    size = f'width="{bottom + 80}" height="{bottom + 50}" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</g></svg>\n'
 
 
 def most(seeds: list[bool]) -> bool:
@@ -584,17 +611,20 @@ def run_grid(name: str, out: Path, jobs: int) -> int:
 
 
 def write_report(path: Path) -> None:
-    """path.csv -> path.md, printed too, and path.svg if matplotlib is there, but for `fresh`."""
+    """path.csv -> path.md, printed too, and path.svg (but for `fresh`, if matplotlib is there)."""
     rows = read_csv(path.with_suffix(".csv"))
     if not rows:
         print("no finished runs")
         return
-    fresh = path.name == "fresh"
-    text = compare(rows) if fresh else report(rows)
+    if path.name == "fresh":
+        text, pairs = compare(rows)
+        path.with_suffix(".svg").write_text(draw_race(pairs))
+    else:
+        text = report(rows)
+        if find_spec("matplotlib"):
+            draw_map(path.with_suffix(".svg"), rows)
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
-    if find_spec("matplotlib") and not fresh:
-        draw_map(path.with_suffix(".svg"), rows)
 
 
 @exit_on_bad_input

@@ -4,6 +4,7 @@ right on cases that can be worked out by hand."""
 import json
 import math
 import random
+import re
 import sys
 
 import pytest
@@ -198,6 +199,8 @@ def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch,
         "16 easy, sloppy 0.3 | r3 --traces=4 | 30 | 12 - | 1/2 | no",
     ):
         assert f"| {line} |" in text
+    dots = re.findall(r'<circle cx="(\S+)" cy="(\S+)"', (tmp_path / "fresh.svg").read_text())
+    assert dots == [("20", "24"), ("61", "61"), ("61", "40"), ("30", "36.5")]
 
 
 def test_the_interval_is_of_settings_and_equal_values_share_a_rank():
