@@ -144,7 +144,11 @@ GRIDS = {
     "quick": Grid([*product([CONTROL, COSTLY], QUICK)], seeds=2, steps=40),
     "map": Grid([*product(MAP, [*AGGREGATORS, "sft"])], seeds=3, steps=60),
     "long": Grid([*product([COSTLY], [*COLLAPSING, VERIFREE])], seeds=5, steps=300),
-    "published": Grid([*product(MAP[:6], PUBLISHED | PROPOSED)], seeds=3, steps=60),
+    "published": Grid(
+        [*product(MAP[:6], PUBLISHED | PROPOSED), *product(MAP[6:], ["RLPR", "VeriFree"])],
+        seeds=3,
+        steps=60,
+    ),
     "published-long": Grid([*product([COSTLY], PUBLISHED | PROPOSED)], seeds=3, steps=300),
     "remedies": Grid([*product([COSTLY], [*REMEDIED, "exact_match", "sft"])], seeds=3, steps=60),
     "fresh": Grid(PREDICTED, seeds=5, steps=60),
