@@ -328,11 +328,11 @@ def open_model(args: argparse.Namespace, untrained: bool = False) -> tuple[Trans
     """
     prompt_format = args.prompt_format and args.prompt_format.replace("\\n", "\n")
     tokenizer = Tokenizer(args.model, args.marker, prompt_format)
-    print(tokenizer.note, end="", file=sys.stderr)
     if tokenizer.marker_is_new and (tokenizer.trained_marker or not untrained):
         trained = tokenizer.trained_marker
         text = f"was trained with {trained!r}" if trained else "train.py adds it to a base"
         raise InputError(f"{args.model}: has no marker {tokenizer.marker!r}: {text}")
+    print(tokenizer.note, end="", file=sys.stderr)
     for least, names in enumerate(("seed race_seed temperature", "max_trace max_answer limit")):
         for name in names.split():
             value = getattr(args, name, least)

@@ -202,7 +202,7 @@ FLAGS = [
     *flags("preflight", "--race-seed=-1", "--limit=0"),
     *flags("evaluate", "--question=a --gold=a", "--predictions=gone/rows.jsonl"),
     ("train", put("f.py", FIVE), ["--clip-null", "--aggregator=f.py:f"], ["sees their text"]),
-    ("train", put("f.py", MATRIX), ["--aggregator=f.py:f"], ["f.py:f", "shape [2, 3]"]),
+    ("train", put("g.py", MATRIX), ["--aggregator=g.py:f"], ["g.py:f", "shape [2, 3]"]),
 ]
 RUN = [
     ("resume", merge(ARGS, lr=math.nan), [], ["lr"]),
