@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2.sandbox  # comes with torch
@@ -15,7 +16,7 @@ import tokenizers
 from conftest import BRIEF
 
 import train
-from data import Example, Pairs, next_examples, row_at, stream_seed
+from data import Example, Pairs, fits, next_examples, row_at, stream_seed
 from support.args import Args
 from support.errors import InputError
 from support.tokenizer import MARKER, PROMPT_FORMAT, Tokenizer
@@ -198,6 +199,7 @@ def test_a_reserved_token_is_recognised_until_a_directory_has_it_as_its_marker(
     tokenizer = Tokenizer(GOLDEN / "llama3", marker=name)
     assert tokenizer.marker_is_reserved is reserved
     assert tokenizer.marker_is_new is (name == "<|new|>")
+    assert ("lacks the marker" in tokenizer.note) is tokenizer.marker_is_new
     tokenizer.save(tmp_path)
     assert not Tokenizer(tmp_path).marker_is_reserved  # its embedding has been trained
 
@@ -423,6 +425,22 @@ def test_a_tokenizer_that_would_train_something_else_is_refused(eos, config, fla
         Tokenizer(tmp_path, **flags)
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"positions": 10}, True),  # prompt 3, trace 4, a forced marker, answer 2
+        ({"positions": 9}, False),
+        ({"positions": 10, "max_prompt": 3, "max_answer": 2}, True),
+        ({"positions": 10, "max_prompt": 2}, False),
+        ({"positions": 10, "max_answer": 1}, False),
+    ],
+)
+def test_an_example_fits_up_to_each_limit_and_with_a_forced_marker(limits, expected):
+    example = Example(0, [1, 2, 3], [4, 5], "", "")
+    assert fits(example, max_trace=4, **limits) is expected
+    assert not fits(replace(example, prompt=[]), max_trace=4, **limits)
+
+
 # ---- order of rows
 def test_the_order_is_a_permutation_an_epoch_and_depends_on_seed_and_epoch_alone():
     stream = [row_at(position, 17, seed=3) for position in range(85)]
@@ -465,12 +483,12 @@ def test_the_next_examples_are_those_of_the_stream_that_fit_and_the_others_are_c
 def test_rows_of_which_none_fits_are_refused(position):
     seen = []
 
-    def fits(example: Example) -> bool:
+    def row_fits(example: Example) -> bool:
         seen.append(example.index)
         return False
 
     with pytest.raises(InputError, match=r"rows.jsonl: .* 5 rows fits --max-prompt"):
-        next_examples(Rows(5), position, 2, seed=0, row_fits=fits)
+        next_examples(Rows(5), position, 2, seed=0, row_fits=row_fits)
     assert set(seen) == set(range(5)) and len(seen) <= 10  # every row, and then no further
 
 
