@@ -15,6 +15,7 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid remedies   the flags that could keep them thinking
     python examples/lab.py --grid published  methods with all choices of their authors
     python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
+    python examples/lab.py --grid untried    flags it recommends that nobody had tried
     python examples/lab.py --grid map --report --out examples/hops
                                              table and figure of the CSV file there, no new runs
 
@@ -104,13 +105,13 @@ class Sums(Task):
     subject: str = "sums"
 
 
-FRESH = ROOT / "examples" / "hops" / "race_settings.json"
+RACE = ROOT / "examples" / "hops" / "race_settings.json"
 
 
-def fresh_settings() -> list[tuple[Task, dict]]:
-    """Each with its line of the file: flags of train.py, and what was said of its rewards."""
+def predicted(grid: str) -> list[tuple[Task, dict]]:
+    """Settings, each with its line of the file: flags of train.py, and what was said of rewards."""
     found = []
-    for line in read_json(FRESH)["fresh"]:
+    for line in read_json(RACE)[grid]:
         script, *axes = line["make"].replace("--", "").split()
         values = {name: json.loads(value) for name, value in (axis.split("=") for axis in axes)}
         found.append(((Sums if "sums" in script else Task)(**values), line))
@@ -135,11 +136,16 @@ MAP = [
     Task(easy=128, sloppy=0.3),
 ]
 QUICK = ["weighted_sum_log_prob", "arithmetic_mean", "sft"]
-PREDICTED = [
-    (task, f"{reward} {line['train']}".strip())
-    for task, line in fresh_settings()
-    for reward in line["race"]
-]
+
+
+def predicted_cells(grid: str) -> list[tuple[Task, str]]:
+    return [
+        (task, f"{reward} {line['train']}".strip())
+        for task, line in predicted(grid)
+        for reward in line["race"]
+    ]
+
+
 GRIDS = {
     "quick": Grid([*product([CONTROL, COSTLY], QUICK)], seeds=2, steps=40),
     "map": Grid([*product(MAP, [*AGGREGATORS, "sft"])], seeds=3, steps=60),
@@ -151,7 +157,8 @@ GRIDS = {
     ),
     "published-long": Grid([*product([COSTLY], PUBLISHED | PROPOSED)], seeds=3, steps=300),
     "remedies": Grid([*product([COSTLY], [*REMEDIED, "exact_match", "sft"])], seeds=3, steps=60),
-    "fresh": Grid(PREDICTED, seeds=5, steps=60),
+    "fresh": Grid(predicted_cells("fresh"), seeds=5, steps=60),
+    "untried": Grid(predicted_cells("untried"), seeds=3, steps=100),
 }
 
 
@@ -455,18 +462,16 @@ def run_cell(rows: list[dict]) -> str:
 
 
 # ---- the race and what came of it
-NEVER = 61  # a step later than any of the grid
-
-
-def compare(rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
+def compare(grid: str, rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
     """Predictions of race_settings.json against the runs there are -> text, and for each cell
     (setting and reward) the step of the race and the measured one, median over seeds.
 
     A run thinks if it does so at its end, a cell if most of its seeds do.
     """
     runs = group(rows)
+    never = GRIDS[grid].steps + 1
     settings, lines, pairs = [], [], []
-    for task, line in fresh_settings():
+    for task, line in predicted(grid):
         cells = []
         for reward, step in line["race"].items():
             name = label(vars(task)), f"{reward} {line['train']}".strip()
@@ -475,9 +480,10 @@ def compare(rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
             thinks = [row["survives"] for row in runs[name]]
             steps = [row["thinks_from"] for row in runs[name]]
             keeps = {"the race": step is not None, "always keeps": True, "always lost": False}
-            keeps |= {rule: reward in line[rule] for rule in ("earlier rule", "two features")}
+            rules = [rule for rule in ("earlier rule", "two features") if rule in line]
+            keeps |= {rule: reward in line[rule] for rule in rules}
             cells.append((keeps, thinks))
-            pairs.append((step or NEVER, statistics.median(s or NEVER for s in steps)))
+            pairs.append((step or never, statistics.median(s or never for s in steps)))
             shown = " ".join(f"{s:.0f}" if s else "-" for s in steps)
             right = "yes" if keeps["the race"] == most(thinks) else "no"
             share = f"{sum(thinks)}/{len(thinks)}"
@@ -485,8 +491,8 @@ def compare(rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
         settings += [cells] if cells else []
     rules = [score_of(rule, settings) for rule in settings[0][0][0]]
     parts = [
-        f"{len(rows)} runs in {len(lines)} of {len(PREDICTED)} cells, {len(settings)} settings; "
-        "intervals by bootstrap over settings",
+        f"{len(rows)} runs in {len(lines)} of {len(GRIDS[grid].cells)} cells, "
+        f"{len(settings)} settings; intervals by bootstrap over settings",
         markdown(["", "cells right", "95 %", "runs right", "95 %", "right where it keeps"], rules),
         "Spearman's correlation of the race's step and the measured one, median over seeds, never "
         f"being the latest: {spearman(*zip(*pairs, strict=True))}",
@@ -495,12 +501,13 @@ def compare(rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
     return "\n\n".join(parts), pairs
 
 
-def draw_race(pairs: list[tuple[float, float]]) -> str:
+def draw_race(grid: str, pairs: list[tuple[float, float]]) -> str:
     """SVG: the race's step and the measured one, a dot per cell, larger where cells coincide."""
-    left, bottom, scale = 60, 4 * NEVER + 20, 4  # pixels, a step has `scale` of them
+    steps = GRIDS[grid].steps
+    left, bottom, scale = 60, 4 * steps + 24, 4  # pixels, a step has `scale` of them
     parts = ['<rect width="100%" height="100%" fill="white"/>']
-    for step in (0, 20, 40, NEVER):
-        text = "never" if step == NEVER else step
+    for step in (*range(0, steps, 20), steps + 1):
+        text = "never" if step > steps else step
         parts.append(f'<text x="{left + scale * step - 8}" y="{bottom + 20}">{text}</text>')
         parts.append(f'<text x="15" y="{bottom - scale * step + 4}">{text}</text>')
     parts.append(
@@ -508,9 +515,8 @@ def draw_race(pairs: list[tuple[float, float]]) -> str:
     )
     parts.append(f'<text x="{left}" y="12">up: thinking from step, measured</text>')
     parts.append(f'<g transform="translate({left} {bottom}) scale({scale} -{scale})">')
-    parts.append(
-        f'<path d="M0 {NEVER}V0H{NEVER}M0 0L60 60" fill="none" stroke="grey" stroke-width=".3"/>'
-    )
+    lines = f"M0 {steps + 1}V0H{steps + 1}M0 0L{steps} {steps}"
+    parts.append(f'<path d="{lines}" fill="none" stroke="grey" stroke-width=".3"/>')
     for (race, measured), count in Counter(pairs).items():
         parts.append(f'<circle cx="{race}" cy="{measured:g}" r="{count**0.5:.2f}" opacity=".5"/>')
     size = f'width="{bottom + 80}" height="{bottom + 50}" font-size="12"'
@@ -615,14 +621,14 @@ def run_grid(name: str, out: Path, jobs: int) -> int:
 
 
 def write_report(path: Path) -> None:
-    """path.csv -> path.md, printed too, and path.svg (but for `fresh`, if matplotlib is there)."""
+    """path.csv -> path.md, printed too, and path.svg (without predictions: by matplotlib)."""
     rows = read_csv(path.with_suffix(".csv"))
     if not rows:
         print("no finished runs")
         return
-    if path.name == "fresh":
-        text, pairs = compare(rows)
-        path.with_suffix(".svg").write_text(draw_race(pairs))
+    if path.name in ("fresh", "untried"):
+        text, pairs = compare(path.name, rows)
+        path.with_suffix(".svg").write_text(draw_race(path.name, pairs))
     else:
         text = report(rows)
         if find_spec("matplotlib"):

@@ -32,7 +32,7 @@ def test_train_accepts_every_method_of_a_grid_and_every_setting_has_a_name_of_it
 
 def test_the_fresh_grid_is_the_file_of_predictions():
     """Eleven settings of eight rewards; two of these compare traces, and cannot be clipped."""
-    settings = lab.fresh_settings()
+    settings = lab.predicted("fresh")
     assert len(settings) == 11
     for task, line in settings:
         for axis in line["make"].split()[1:]:
@@ -179,7 +179,7 @@ def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch,
         setting(64, {"prob": 50}, []),
     ]
     (tmp_path / "settings.json").write_text(json.dumps({"fresh": fresh}))
-    monkeypatch.setattr(lab, "FRESH", tmp_path / "settings.json")
+    monkeypatch.setattr(lab, "RACE", tmp_path / "settings.json")
     rows = [run_row(8, "prob", seed, step) for seed, step in enumerate((18, 24, None))]
     rows += [run_row(8, "r3", seed, None) for seed in range(2)]
     rows += [run_row(16, "prob --traces=4", 0, 40)]
