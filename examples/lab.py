@@ -15,6 +15,7 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid remedies   the flags that could keep them thinking
     python examples/lab.py --grid published  methods with all choices of their authors
     python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
+    python examples/lab.py --grid fresh-long  those of them that it calls lost, for 300 steps
     python examples/lab.py --grid untried    flags it recommends that nobody had tried
     python examples/lab.py --grid map --report --out examples/hops
                                              table and figure of the CSV file there, no new runs
@@ -158,6 +159,7 @@ GRIDS = {
     "published-long": Grid([*product([COSTLY], PUBLISHED | PROPOSED)], seeds=3, steps=300),
     "remedies": Grid([*product([COSTLY], [*REMEDIED, "exact_match", "sft"])], seeds=3, steps=60),
     "fresh": Grid(predicted_cells("fresh"), seeds=5, steps=60),
+    "fresh-long": Grid(predicted_cells("fresh-long"), seeds=1, steps=300),
     "untried": Grid(predicted_cells("untried"), seeds=3, steps=100),
 }
 
@@ -626,7 +628,7 @@ def write_report(path: Path) -> None:
     if not rows:
         print("no finished runs")
         return
-    if path.name in ("fresh", "untried"):
+    if path.name in read_json(RACE):
         text, pairs = compare(path.name, rows)
         path.with_suffix(".svg").write_text(draw_race(path.name, pairs))
     else:
