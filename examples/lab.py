@@ -464,6 +464,9 @@ def run_cell(rows: list[dict]) -> str:
 
 
 # ---- the race and what came of it
+OTHER_RULES = ("with listening", "earlier rule", "two features")
+
+
 def compare(grid: str, rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
     """Predictions of race_settings.json against the runs there are -> text, and for each cell
     (setting and reward) the step of the race and the measured one, median over seeds.
@@ -482,8 +485,7 @@ def compare(grid: str, rows: list[dict]) -> tuple[str, list[tuple[float, float]]
             thinks = [row["survives"] for row in runs[name]]
             steps = [row["thinks_from"] for row in runs[name]]
             keeps = {"the race": step is not None, "always keeps": True, "always lost": False}
-            rules = [rule for rule in ("earlier rule", "two features") if rule in line]
-            keeps |= {rule: reward in line[rule] for rule in rules}
+            keeps |= {rule: reward in line[rule] for rule in OTHER_RULES if rule in line}
             cells.append((keeps, thinks))
             pairs.append((step or never, statistics.median(s or never for s in steps)))
             shown = " ".join(f"{s:.0f}" if s else "-" for s in steps)
