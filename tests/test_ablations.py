@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BRIEF
+from tiny import lines_of, without_clock
 from torch import Tensor
 
 import train as ours
@@ -23,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "examples/ABLATIONS.md").read_text()
 TITLES = re.findall(r"^## \d+\. (.*)", PAGE, flags=re.M)
 APPLY = r"sed -n '/^## %d\./,/^## %d\./p' examples/ABLATIONS.md | git apply"
-WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
 FLAGS = ["--model=model", "--data=rows.jsonl", *BRIEF, "--traces=4", "--lr=0.02"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -43,8 +43,7 @@ def apply(number: int, copy: Path) -> None:
 def train(module, out: str, *flags: str) -> list[dict]:
     """Two steps of a tiny model -> log lines, without the wall clock."""
     module.train(module.parse_args([*FLAGS, f"--out={out}", *flags], ""))
-    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in WALL_CLOCK} for line in lines]
+    return without_clock(lines_of(Path(out, "log.jsonl")))
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def apart(plain: dict, changed: dict) -> set[str]:
 
 
 def samples(out: str) -> list[dict]:
-    return [json.loads(line) for line in Path(out, "samples.jsonl").read_text().splitlines()]
+    return lines_of(Path(out, "samples.jsonl"))
 
 
 def weights(folder: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import tokenizers
 from conftest import BRIEF
+from tiny import lines_of
 
 import train
 from data import Example, Pairs, fits, next_examples, row_at, stream_seed
@@ -516,6 +517,6 @@ def test_more_steps_do_not_stretch_the_warm_up(world):
             *BRIEF,
         ]
         train.train(train.parse_args([*flags, f"--steps={steps}"], ""))
-    log = [json.loads(line) for line in Path("new/log.jsonl").read_text().splitlines()]
+    log = lines_of("new/log.jsonl")
     rates = [record["lr"] / Args.lr for record in log]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])

@@ -1,6 +1,5 @@
 """More processes change only the speed: same traces, losses, parameters, after kills as well."""
 
-import json
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import needs_proc
 from sharded_model import TOKENIZER, question
+from tiny import WALL_CLOCK, lines_of
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from support import distributed
@@ -22,7 +22,6 @@ from support.weights import load_model
 from train import train_question
 
 ROOT = Path(__file__).parents[1]
-WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
 BRIEF = "--steps=5 --questions=4 --traces=4 --max-trace=12 --device=cpu".split()
 BRIEF += "--eval-questions=5 --eval-every=3 --save-every=1".split()
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -85,10 +84,6 @@ def processes(count: int, *flags: str) -> list[str]:
 
 
 # ---- one is two
-def lines_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     """Logs and parameters within 1e-5 of each other (absolute or relative), equal traces."""
     ours, theirs = lines_of(a / "log.jsonl"), lines_of(b / "log.jsonl")

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from test_sample import letters, line, next_logits, slow_trace
+from tiny import lines_of
 
 import evaluate
 import sample
@@ -171,7 +172,7 @@ def test_the_command_scores_a_data_set_and_stores_what_was_predicted(saved, monk
     shown = command(monkeypatch, capsys, *asked)
     expected, _ = slow_figures(*saved, [example(saved[1], *row) for row in ROWS[:2]])
     assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
-    rows = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    rows = lines_of("predictions.jsonl")
     assert [(row["question"], row["gold"]) for row in rows] == ROWS[:2]
     for name in FIGURES:
         mean = sum(row[name] for row in rows) / 2

@@ -1,7 +1,6 @@
 """Long runs and faults of several ranks, slow: `make check`. Kills are in test_run_folder.py, at
 every write of a run, and in test_distributed.py, at random moments."""
 
-import json
 import os
 import re
 import resource
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BRIEF, needs_proc
-from test_distributed import WALL_CLOCK, output_of, processes, start, workers
+from test_distributed import output_of, processes, start, workers
+from tiny import lines_of, without_clock
 
 import train
 from support import metrics
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def log_of(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line.keys() - WALL_CLOCK} for line in lines]
+    return without_clock(lines_of(out / "log.jsonl"))
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -1,11 +1,11 @@
 """support/metrics.py: each sign of collapse is named once; the console, trackers."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import BRIEF
+from tiny import lines_of
 
 import train
 from support.args import parse_args
@@ -72,7 +72,7 @@ def test_warnings_are_written_printed_and_not_repeated_after_a_resume(tmp_path, 
             log.write({"step": step} | HEALTHY | BAD["repeated_trace"])
         text = "repeated_trace: rep_frac +0.8 at step 3"
         assert capsys.readouterr().out.count(text) == printed
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path / "log.jsonl")
     assert [len(line.get("warnings", [])) for line in lines] == [0, 0, 1, 0, 0, 0]
 
 
@@ -142,7 +142,7 @@ def finish(): call("finish", {{}})
     called = names[: names.index(fails) + 1] if fails else names
     assert [name for name, _ in calls] == called
     assert calls[0][1]["config"]["traces"] == 2 and calls[0][1]["name"] == "new"
-    lines = [json.loads(line) for line in Path("new/log.jsonl").read_text().splitlines()]
+    lines = lines_of("new/log.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     for (_, figures), line in zip(calls[1:3], lines, strict=False):
         assert figures == {name: x for name, x in line.items() if not isinstance(x, list | None)}

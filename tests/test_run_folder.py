@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_refusals import COMMANDS, assert_refused, merge, put, run, tensors, tree
+from tiny import lines_of
 
 import sample
 import train
@@ -22,16 +23,6 @@ from support.weights import load_model
 
 ROOT = Path(__file__).parents[1]
 NORM = "model.norm.weight"
-
-
-def lines_of(file: str) -> list[dict]:
-    """JSON has no NaN."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(word)
-
-    lines = Path(file).read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def saved(out: str) -> list[str]:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from tiny import lines_of, without_clock
 from torch import Tensor
 
 import train as train_module
@@ -429,7 +430,6 @@ def test_a_figure_of_ones_own_is_logged_as_its_mean_over_the_questions():
 # ---- whole runs
 BRIEF = dict(steps=3, questions=4, traces=4, max_trace=12, save_every=1, warmup=1.0)
 BRIEF |= dict(eval_questions=4, eval_every=2, device="cpu")
-WALL_CLOCK = ("tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb")
 # The stable names: dashboards and scripts rely on them.
 KEYS = """step reward_mean reward_std reward_min reward_max zero_std_frac gold_logp_think
 gold_logp_null gain gold_ce trace_len_mean trace_len_min trace_len_max finished_frac cut_frac
@@ -442,14 +442,6 @@ def run(out: Path, **changes) -> list[dict]:
     """Trains in this process on the embedded task -> log lines."""
     train(Args(**(BRIEF | {"out": str(out)} | changes)))
     return lines_of(out / "log.jsonl")
-
-
-def lines_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def without_clock(lines: list[dict]) -> list[dict]:
-    return [{name: line[name] for name in line if name not in WALL_CLOCK} for line in lines]
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:

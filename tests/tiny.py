@@ -1,5 +1,5 @@
 """Tiny models and tokenizers for tests: made in a millisecond, with outputs far from uniform, so
-that mistakes show."""
+that mistakes show. And the logs of their runs."""
 
 import json
 from collections.abc import Sequence
@@ -80,3 +80,19 @@ def tokenizer_dir(
     if eos is not None:
         (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
     return path
+
+
+WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
+
+
+def lines_of(file: str | Path) -> list[dict]:
+    """Of log.jsonl or samples.jsonl. JSON has no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return [json.loads(line, parse_constant=refuse) for line in Path(file).read_text().splitlines()]
+
+
+def without_clock(lines: list[dict]) -> list[dict]:
+    return [{name: line[name] for name in line if name not in WALL_CLOCK} for line in lines]
