@@ -265,6 +265,13 @@ def advantages(
     return values.to(reward.dtype)
 
 
+def moving_average(average: float, new: float) -> float:
+    """Of the groups' std over the steps, 0 before the first (--filter-std); 0.99 is RLPR's."""
+    if not math.isfinite(new):
+        return average
+    return 0.99 * average + 0.01 * new if average else new
+
+
 # ---- all of it for one question
 def credit(
     logp: Tensor, null_logp: Tensor, args: Any, seen: tuple = (), least_std: float = 0.0

@@ -53,7 +53,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from aggregate import credit
+from aggregate import credit, moving_average
 from data import Example, Pairs, Trace, first_examples, fits, next_examples, stream_seed
 from evaluate import held_out_figures
 from model import Transformer, prefill
@@ -296,13 +296,6 @@ def train(args: Args) -> None:
     log.print(command("sample.py", "--model", str(final), "--question", "..."))
     log.track("finish")
     distributed.stop()
-
-
-def moving_average(average: float, new: float) -> float:
-    """Of reward_std over the steps, 0 before the first; 0.99 is RLPR's."""
-    if not math.isfinite(new):
-        return average
-    return 0.99 * average + 0.01 * new if average else new
 
 
 def main() -> None:

@@ -18,7 +18,15 @@ from tiny import lines_of, without_clock
 from torch import Tensor
 
 import train as train_module
-from aggregate import AGGREGATORS, advantages, aggregate, declares, joint_bound, sees_text
+from aggregate import (
+    AGGREGATORS,
+    advantages,
+    aggregate,
+    declares,
+    joint_bound,
+    moving_average,
+    sees_text,
+)
 from data import Example, Trace
 from model import Transformer
 from sample import sample_groups, sample_traces
@@ -321,7 +329,7 @@ def test_the_first_steps_have_no_trace_term(monkeypatch):
     [(0.0, 0.4, 0.4), (0.4, 0.5, 0.401), (0.4, math.nan, 0.4), (0.0, math.nan, 0.0)],
 )
 def test_the_moving_average_begins_with_the_first_step_and_takes_no_nan(average, new, expected):
-    assert train_module.moving_average(average, new) == pytest.approx(expected, rel=1e-12)
+    assert moving_average(average, new) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("family", [{}, *QWENS], ids=str)
