@@ -13,13 +13,12 @@ of three kinds:
                those of probability below 0.5 after the empty trace, or else the least likely one
     idle       the rest
 
-The policy is two decisions, to think and then to help, and the state four numbers:
+The policy is two decisions, to think and then to help, and the state three numbers:
 
     p = sigmoid(a)    share of traces that think
     q = sigmoid(b)    share of helpful ones among those
-    s                 share of the cost repaired: of what a trace changes about the log-prob of a
-                      token that is not uncertain, 1 - s is left
-    u                 how far the answer listens to traces: of uncertain tokens u is left
+    s                 share of the cost repaired: tokens that are not uncertain count
+                      (1 - s) log c + s log n
 
 A step draws --questions groups of K traces, in shares 1 - p, p q, p (1 - q). The pay of a kind is
 the sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle,
@@ -27,16 +26,15 @@ all = the three. Then, along the policy's gradient in a and b,
 
     a, b += Adam step of learning rate PUSH along pay_think - p pay_all, pay_helpful - q pay_think
     s    += REPAIR p (1 - s)
-    u    += LISTEN (mean gain on uncertain tokens of the traces drawn), between 0 and 1
 
-As in training, Adam's step is no smaller where the gradient is. s and u stand for what the answer
-term does: it repairs easy tokens after a trace, and an answer that is trained after idle traces
-learns to ignore them; with --answer-weight none they stay. A reward keeps thinking where p q
-exceeds THINKS within --steps, and returns where fewer than VANISHED of the traces thought before.
-It is lost where fewer do at the end, and undecided where more do: take more --steps. No ground
-truth is used. The rates are the embedded task's at train.py's --lr, and proportional to it: give
-that of your run. examples/hops/race_settings.json has the settings they were placed on. Left out:
-traces shorten bit by bit and get better at helping; warm-up; --answer-weight exact counts as fixed.
+As in training, Adam's step is no smaller where the gradient is. s stands for what the answer term
+does, and stays 0 with --answer-weight none. A reward keeps thinking where p q exceeds THINKS within
+--steps, and returns where fewer than VANISHED of the traces thought before. It is lost where fewer
+do at the end, and undecided where more do: take more --steps. No ground truth is used. The rates
+are the embedded task's at train.py's --lr, and proportional to it: give that of your run.
+examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
+by bit and get better at helping; an answer that is trained after idle traces learns to ignore
+traces, so that a long --answers-first does harm; warm-up; --answer-weight exact counts as fixed.
 """
 
 import math
@@ -58,7 +56,7 @@ from support.tokenizer import Tokenizer
 
 HELPS = 0.5  # nats
 THINKS, VANISHED = 0.6, 0.1  # shares of all traces
-PUSH, REPAIR, LISTEN = 0.12, 0.25, 0.07  # per step
+PUSH, REPAIR = 0.12, 0.25  # per step
 LARGEST = 12.0  # logit: no kind dies out
 EMPTY, IDLE, HELPFUL = range(3)
 # Random rewards are left out, and those that see more than log-probs.
@@ -121,30 +119,28 @@ def race(groups: list[Group], args: Args, seed: int = 0) -> Tensor:
     helps = (start[HELPFUL] / thinking).nan_to_num()
     logits = torch.stack([thinking, helps]).logit().clamp(-LARGEST, LARGEST)  # a, b
     speed = args.lr / Args.lr
-    answer_speed = speed if args.answer_weight != "none" else 0.0
+    repair = min(1.0, REPAIR * speed) if args.answer_weight != "none" else 0.0
     adam = torch.optim.Adam([logits], PUSH * speed, betas=(0.9, 0.95), eps=1e-15, maximize=True)
     generator = torch.Generator().manual_seed(seed)
-    history, s, u, reward_std = [start], 0.0, 1.0, 0.0
+    history, s, reward_std = [start], 0.0, 0.0
     while len(history) <= args.steps and history[-1][HELPFUL] <= THINKS:
         pushed = len(history) > args.answers_first
         least_std = args.filter_std * reward_std if pushed else math.inf  # as in train.py
-        pay, stds, gains = torch.zeros(3, dtype=torch.float64), [], []
+        pay, stds = torch.zeros(3, dtype=torch.float64), []
         for i in torch.randint(len(groups), (args.questions,), generator=generator).tolist():
             group, null_logp = groups[i], groups[i].null_logp
             odds = (history[-1] / start)[group.kind]
             drawn = torch.multinomial(odds, args.traces, replacement=True, generator=generator)
-            left = torch.where(group.uncertain, u, 1 - s)  # [T] of the change
+            left = torch.where(group.uncertain, 1, 1 - s)  # [T] of the change
             logp = null_logp + left * group.change[drawn]  # [K, T]
             reward, advantage, _ = credit(logp, null_logp, args, least_std=least_std)
             pay.index_add_(0, group.kind[drawn], advantage)
             stds.append(reward.std(correction=0))
-            gains.append(group.gain[drawn].mean())
         pay /= args.questions * args.traces
         reward_std = moving_average(reward_std, float(torch.stack(stds).mean()))
         (p, q), think = logits.sigmoid(), pay[IDLE] + pay[HELPFUL]
         logits.grad = torch.stack([think - p * pay.sum(), pay[HELPFUL] - q * think])
-        s += min(1.0, REPAIR * answer_speed) * float(p) * (1 - s)
-        u = min(1.0, max(0.0, u + LISTEN * answer_speed * float(sum(gains)) / args.questions))
+        s += repair * float(p) * (1 - s)
         adam.step()
         p, q = logits.clamp_(-LARGEST, LARGEST).sigmoid()
         history.append(torch.stack([1 - p, p * (1 - q), p * q]))
