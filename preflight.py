@@ -33,8 +33,8 @@ does, and stays 0 with --answer-weight none. A reward keeps thinking where p q e
 do at the end, and undecided where more do: take more --steps. No ground truth is used. The rates
 are the embedded task's at train.py's --lr, and proportional to it: give that of your run.
 examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
-by bit and get better at helping; an answer that is trained after idle traces learns to ignore
-traces, so that a long --answers-first does harm; warm-up; --answer-weight exact counts as fixed.
+by bit and get better at helping; an answer that is trained after idle traces gains less and less
+from helpful ones (a long --answers-first does harm); warm-up; exact answer weights count as fixed.
 """
 
 import math

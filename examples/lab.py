@@ -15,8 +15,8 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid remedies   the flags that could keep them thinking
     python examples/lab.py --grid published  methods with all choices of their authors
     python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
-    python examples/lab.py --grid fresh-long  those of them that it calls lost, for 300 steps
-    python examples/lab.py --grid untried    flags it recommends that nobody had tried
+    python examples/lab.py --grid fresh-long  those where it says "not within 60", for 300 steps
+    python examples/lab.py --grid untried    flags that it says help, beside runs without them
     python examples/lab.py --grid map --report --out examples/hops
                                              table and figure of the CSV file there, no new runs
 
@@ -469,9 +469,10 @@ OTHER_RULES = ("with listening", "earlier rule", "two features")
 
 def compare(grid: str, rows: list[dict]) -> tuple[str, list[tuple[float, float]]]:
     """Predictions of race_settings.json against the runs there are -> text, and for each cell
-    (setting and reward) the step of the race and the measured one, median over seeds.
+    (setting, reward and flags) the step of the race and the measured one, median over seeds.
 
-    A run thinks if it does so at its end, a cell if most of its seeds do.
+    A run thinks if it does so at its end, a cell if most of its seeds do. A race without a step
+    says that it does not, undecided or not.
     """
     runs = group(rows)
     never = GRIDS[grid].steps + 1
@@ -487,16 +488,18 @@ def compare(grid: str, rows: list[dict]) -> tuple[str, list[tuple[float, float]]
             keeps = {"the race": step is not None, "always keeps": True, "always lost": False}
             keeps |= {rule: reward in line[rule] for rule in OTHER_RULES if rule in line}
             cells.append((keeps, thinks))
-            pairs.append((step or never, statistics.median(s or never for s in steps)))
+            computed = never if step is None else step
+            pairs.append((computed, statistics.median(s or never for s in steps)))
             shown = " ".join(f"{s:.0f}" if s else "-" for s in steps)
             right = "yes" if keeps["the race"] == most(thinks) else "no"
             share = f"{sum(thinks)}/{len(thinks)}"
-            lines.append([*name, f"{step or '-'}", shown, share, right])
+            lines.append([*name, "-" if step is None else f"{step}", shown, share, right])
         settings += [cells] if cells else []
     rules = [score_of(rule, settings) for rule in settings[0][0][0]]
     parts = [
         f"{len(rows)} runs in {len(lines)} of {len(GRIDS[grid].cells)} cells, "
-        f"{len(settings)} settings; intervals by bootstrap over settings",
+        f"{len(settings)} settings; intervals by bootstrap over settings; "
+        "the rules: race_settings.json",
         markdown(["", "cells right", "95 %", "runs right", "95 %", "right where it keeps"], rules),
         "Spearman's correlation of the race's step and the measured one, median over seeds, never "
         f"being the latest: {spearman(*zip(*pairs, strict=True))}",

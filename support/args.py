@@ -103,7 +103,7 @@ class Args:
         "advantage 0; its answer is trained (RLPR: 0.5)",
     )
     answers_first: int = arg(
-        0, "first steps, which train no trace; take those until gain is about 0"
+        0, "first steps, which train the answer, but no trace (EXPERIMENTS.md)"
     )
     marker_weight: float = arg(
         0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
