@@ -102,9 +102,7 @@ class Args:
         "a group whose reward std lies below this times a moving average of earlier steps' gets "
         "advantage 0; its answer is trained (RLPR: 0.5)",
     )
-    answers_first: int = arg(
-        0, "first steps, which train the answer, but no trace (EXPERIMENTS.md)"
-    )
+    answers_first: int = arg(0, "first steps, in which the answer is trained but no trace")
     marker_weight: float = arg(
         0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
     )
