@@ -34,7 +34,8 @@ do at the end, and undecided where more do: take more --steps. No ground truth i
 are the embedded task's at train.py's --lr, and proportional to it: give that of your run.
 examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
 by bit and get better at helping; an answer that is trained after idle traces gains less and less
-from helpful ones (a long --answers-first does harm); warm-up; exact answer weights count as fixed.
+from helpful ones (a long --answers-first does harm); warm-up. --answer-weight exact counts as
+fixed, and either --null as frozen.
 """
 
 import math
@@ -61,9 +62,8 @@ LARGEST = 12.0  # logit: no kind dies out
 EMPTY, IDLE, HELPFUL = range(3)
 # Random rewards are left out, and those that see more than log-probs.
 NAMES = [name for name in AGGREGATORS if not declares(name, "random") and not sees_text(name)]
-OF_TRAINING = (
-    "traces questions lr temperature answer_weight clip_null center scale filter_std answers_first"
-)
+OF_TRAINING = "traces questions lr temperature answer_weight null clip_null center scale"
+OF_TRAINING += " filter_std answers_first"
 
 
 @dataclass

@@ -511,7 +511,8 @@ def compare(grid: str, rows: list[dict]) -> tuple[str, list[tuple[float, float]]
 def draw_race(grid: str, pairs: list[tuple[float, float]]) -> str:
     """SVG: the race's step and the measured one, a dot per cell, larger where cells coincide."""
     steps = GRIDS[grid].steps
-    left, bottom, scale = 60, 4 * steps + 24, 4  # pixels, a step has `scale` of them
+    left, scale = 60, 4  # pixels, a step has `scale` of them
+    bottom = scale * (steps + 1) + 20
     parts = ['<rect width="100%" height="100%" fill="white"/>']
     for step in (*range(0, steps, 20), steps + 1):
         text = "never" if step > steps else step

@@ -175,7 +175,7 @@ def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch,
 
     fresh = [
         setting(8, {"prob": 20, "r3": None}, ["prob"]),
-        setting(16, {"prob": None, "r3": 30, "log_prob": 9}, ["prob"], "--traces=4"),
+        setting(16, {"prob": None, "r3": 0, "log_prob": 9}, ["prob"], "--traces=4"),
         setting(64, {"prob": 50}, []),
     ]
     (tmp_path / "settings.json").write_text(json.dumps({"fresh": fresh}))
@@ -189,18 +189,18 @@ def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch,
     lab.write_report(tmp_path / "fresh")
     text = (tmp_path / "fresh.md").read_text()
     assert text.startswith("8 runs in 4 of ") and " cells, 2 settings; " in text
-    assert "latest: 0.95" in text  # ranks 1, 3.5, 3.5, 2 and 1, 4, 3, 2
+    assert "latest: 0.74" in text  # ranks 2, 3.5, 3.5, 1 and 1, 4, 3, 2
     for line in (
         "the race | 2 of 4 | 0% to 100% | 5 of 8 | 33% to 80% | 1 of 2",
         "always keeps | 2 of 4 | 50% to 50% | 4 of 8 | 40% to 67% | 2 of 4",
         "always lost | 2 of 4 | 50% to 50% | 4 of 8 | 33% to 60% | 0 of 0",
         "earlier rule | 4 of 4 | 100% to 100% | 6 of 8 | 67% to 80% | 2 of 2",
         "8 easy, sloppy 0.3 | prob | 20 | 18 24 - | 2/3 | yes",
-        "16 easy, sloppy 0.3 | r3 --traces=4 | 30 | 12 - | 1/2 | no",
+        "16 easy, sloppy 0.3 | r3 --traces=4 | 0 | 12 - | 1/2 | no",
     ):
         assert f"| {line} |" in text
     dots = re.findall(r'<circle cx="(\S+)" cy="(\S+)"', (tmp_path / "fresh.svg").read_text())
-    assert dots == [("20", "24"), ("61", "61"), ("61", "40"), ("30", "36.5")]
+    assert dots == [("20", "24"), ("61", "61"), ("61", "40"), ("0", "36.5")]
 
 
 def test_the_interval_is_of_settings_and_equal_values_share_a_rank():
