@@ -1,6 +1,8 @@
-"""README.md shows the algorithm as it runs, and what `make train` prints."""
+"""README.md shows the algorithm as it runs, and what `make train` prints; commands are accepted."""
 
 import inspect
+import os
+import re
 import shutil
 import subprocess
 import textwrap
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
+from support.args import check_args, parse_args
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,6 +21,34 @@ def test_train_question_in_readme_is_the_one_that_runs():
     source = inspect.getsource(train.train_question)
     body = source.split('"""')[-1].removeprefix("\n")  # after the docstring
     assert f"```python\n{textwrap.dedent(body)}```" in README
+
+
+SCRIPTS = [path.relative_to(ROOT) for path in sorted(ROOT.glob("examples/*.sh"))]
+
+
+@pytest.mark.parametrize("document", ["README.md", "examples/README.md", *map(str, SCRIPTS)])
+def test_train_commands_are_accepted(document, tmp_path):
+    """A shell runs what the document shows, with a Python that prints its arguments."""
+    text = (ROOT / document).read_text()
+    if document.endswith(".md"):
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        text = "\n".join(block for block in blocks if ".venv/bin/python train.py" in block)
+    script = tmp_path / "examples" / "script.sh"  # a script goes to the folder above its own
+    for file, content in (("python", 'printf "%s\\t" "$@"; echo'), ("torchrun", 'python "$@"')):
+        stub = tmp_path / ".venv" / "bin" / file
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f"#!/bin/bash\n{content}\n")
+        stub.chmod(0o755)
+    script.parent.mkdir()
+    script.write_text(text)
+    path = f"{tmp_path}/.venv/bin:{os.environ['PATH']}"
+    asked = {"MODEL": "DIR", "DATA": "rows", "OUT": "out", "HEAD": "host", "PATH": path}
+    run = {"cwd": tmp_path, "env": os.environ | asked, "capture_output": True, "text": True}
+    printed = subprocess.run(["bash", script], **run).stdout
+    commands = re.findall(r"(?:^|\t)train\.py\t(.*)\t$", printed, re.MULTILINE)
+    assert commands
+    for command in commands:
+        check_args(parse_args([word for word in command.split("\t") if word != "..."], ""))
 
 
 @pytest.mark.slow
