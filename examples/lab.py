@@ -13,7 +13,8 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid map        9 aggregators and the baselines over 12 settings
     python examples/lab.py --grid long       300 steps of the methods that stop thinking
     python examples/lab.py --grid remedies   the flags that could keep them thinking
-    python examples/lab.py --grid published  methods with all choices of their authors
+    python examples/lab.py --grid published  methods with all choices of their authors; and
+    python examples/lab.py --grid published-long  over 300 steps
     python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
     python examples/lab.py --grid fresh-long  those where it says "not within 60", for 300 steps
     python examples/lab.py --grid untried    flags that it says help, beside runs without them
