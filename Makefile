@@ -59,7 +59,7 @@ figure: .venv/ready
 	    $(BIN)/python train.py --out runs/figure/$$name-$$seed --overwrite --seed $$seed $$@ || exit 1; \
 	  done; \
 	done
-	$(BIN)/python examples/hops/plot.py runs/figure examples/hops/figure.svg
+	$(BIN)/python examples/plot.py runs/figure examples/hops/figure.svg
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -34,18 +34,21 @@ def test_train_commands_are_accepted(document, tmp_path):
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         text = "\n".join(block for block in blocks if ".venv/bin/python train.py" in block)
     script = tmp_path / "examples" / "script.sh"  # a script goes to the folder above its own
-    for file, content in (("python", 'printf "%s\\t" "$@"; echo'), ("torchrun", 'python "$@"')):
+    for file, content in (
+        ("python", 'printf "%s\\t" "$@"; echo'),
+        ("torchrun", '"${0%/*}/python" "$@"'),
+    ):
         stub = tmp_path / ".venv" / "bin" / file
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text(f"#!/bin/bash\n{content}\n")
         stub.chmod(0o755)
     script.parent.mkdir()
     script.write_text(text)
-    path = f"{tmp_path}/.venv/bin:{os.environ['PATH']}"
-    asked = {"MODEL": "DIR", "DATA": "rows", "OUT": "out", "HEAD": "host", "PATH": path}
+    asked = {"MODEL": "DIR", "DATA": "rows", "OUT": "out", "HEAD": "host"}
     run = {"cwd": tmp_path, "env": os.environ | asked, "capture_output": True, "text": True}
-    printed = subprocess.run(["bash", script], **run).stdout
-    commands = re.findall(r"(?:^|\t)train\.py\t(.*)\t$", printed, re.MULTILINE)
+    printed = subprocess.run(["bash", "-eu", script], **run)
+    assert printed.returncode == 0, printed.stderr
+    commands = re.findall(r"(?:^|\t)train\.py\t(.*)\t$", printed.stdout, re.MULTILINE)
     assert commands
     for command in commands:
         check_args(parse_args([word for word in command.split("\t") if word != "..."], ""))

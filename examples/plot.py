@@ -3,7 +3,7 @@
 RUNS is a folder with runs of train.py named <method>-<seed>, or a CSV file with a row for each
 method, seed and step. Methods are names in STYLES, KEYs those of PANELS.
 
-    python examples/hops/plot.py RUNS OUT.svg [KEY ...]        needs matplotlib
+    python examples/plot.py RUNS OUT.svg [KEY ...]        needs matplotlib
 """
 
 import csv
@@ -58,11 +58,12 @@ def draw(axes: Axes, lines: list[dict], key: str) -> None:
                 values.setdefault(int(line["step"]), []).append(float(line[key]))
         if not values or (method, key) == ("SFT", "trace_len_mean"):  # it samples no trace
             continue
-        median = [statistics.median(of_seeds) for of_seeds in values.values()]
-        low = [min(of_seeds) for of_seeds in values.values()]
-        high = [max(of_seeds) for of_seeds in values.values()]
-        axes.plot(values.keys(), median, markevery=(0, 1 if len(median) < 20 else 5), ms=4, **style)
-        axes.fill_between(values.keys(), low, high, color=style["color"], alpha=0.15, linewidth=0)
+        steps = sorted(values)
+        median = [statistics.median(values[step]) for step in steps]
+        low = [min(values[step]) for step in steps]
+        high = [max(values[step]) for step in steps]
+        axes.plot(steps, median, markevery=(0, 1 if len(median) < 20 else 5), ms=4, **style)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axes.set(xlabel="step", **PANELS[key])
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -73,7 +74,8 @@ def main(runs: str, out: str, *keys: str) -> None:
     figure, panels = plt.subplots(1, len(keys), squeeze=False, **size)
     for axes, key in zip(panels[0], keys, strict=True):
         draw(axes, lines, key)
-    shown = panels[0, 0].get_legend_handles_labels()
+    fullest = max(panels[0], key=lambda axes: len(axes.lines))
+    shown = fullest.get_legend_handles_labels()
     figure.legend(*shown, loc="outside right center", frameon=False)
     figure.savefig(out, metadata={"Date": None})
 
