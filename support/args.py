@@ -133,7 +133,7 @@ class Args:
     # memory and device
     dtype: str = arg(
         "float32",
-        "of the computation; parameters, gradients and optimizer stay fp32",
+        "of the computation and of final/; parameters, gradients and optimizer stay fp32",
         ["float32", "bfloat16"],
     )
     device: str = arg(

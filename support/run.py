@@ -5,7 +5,7 @@
                     optimizer/       AdamW's moments, each rank's rows in a safetensors file
                     progress.json    step, data position, updates applied, digest of the data,
                                      moving average of the reward std, steps of warm-up
-                final/               the trained model, in the precision the initial one has
+                final/               the trained model, in --dtype: as it was evaluated
                 run.lock             locked while a process writes here
 
 A directory is written under a temporary name, flushed to disk and renamed: under its own name it is
@@ -61,7 +61,7 @@ from support.errors import (
 )
 from support.metrics import Log
 from support.tokenizer import Tokenizer
-from support.weights import save_model, stored_dtypes
+from support.weights import save_model
 
 MAX_BAD_UPDATES = 3  # NaN or inf gradients this many times in a row end the run
 KEEP = 2  # checkpoints
@@ -207,8 +207,6 @@ class Run:
     # ---- writing
     def open(self) -> Log:
         """Makes the folder ready to be written to, and listens to signals."""
-        # Read before anything is written: a run may outlive the directory it began from.
-        self.dtypes = stored_dtypes(self.args.model)  # of final/
         on_first_rank(self.prepare)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
@@ -316,10 +314,14 @@ class Run:
         on_first_rank(prune)
 
     def finish(self, model: Transformer, tokenizer: Tokenizer) -> Path:
-        """Writes final/, each tensor in its type of the initial model; unlocks the folder."""
+        """Writes final/, in the type of the computation, and unlocks the folder.
+
+        In a smaller one it would lose updates, of which a short run has no others.
+        """
 
         def write(folder: Path) -> None:
-            save_model(model, folder, self.dtypes, whole=whole, writes=rank() == 0)
+            dtype = getattr(torch, self.args.dtype)
+            save_model(model, folder, dtype, whole=whole, writes=rank() == 0)
             if rank() == 0:
                 tokenizer.save(folder)
                 write_json(folder / "progress.json", {"step": self.step})

@@ -26,12 +26,7 @@ from support.tokenizer import Tokenizer
 
 # Types of tensors that are read, as safetensors names them. No others: integers and booleans are no
 # parameters, and 8-bit numbers need a scale that is stored elsewhere.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+TYPES = ("F64", "F32", "BF16", "F16")
 
 INDEX = "model.safetensors.index.json"  # names the files of a model in several
 HEAD = "lm_head.weight"
@@ -167,7 +162,7 @@ def load_model(
                 stored = tensors.get_slice(stored_name)
                 shape, kind = stored.get_shape(), stored.get_dtype()
                 require(shape == right, f"{tensor} has shape {shape}, config.json says {right}")
-                require(kind in DTYPES, f"{tensor} is {kind}, it should be of {', '.join(DTYPES)}")
+                require(kind in TYPES, f"{tensor} is {kind}, it should be of {', '.join(TYPES)}")
                 values = tensors.get_tensor(stored_name)
                 found[name] = values.to(device=device, dtype=dtype, copy=True)
     for stored_name, (name, _) in parameters.items():
@@ -210,16 +205,6 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def stored_dtypes(path: str | Path) -> dict[str, torch.dtype]:
-    """The type of every tensor on disk, by its name. config.json's own claim is not always true."""
-    found = {}
-    for file in weight_files(Path(path)):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                found[name] = DTYPES.get(tensors.get_slice(name).get_dtype(), torch.float32)
-    return found
-
-
 def load_with_marker(
     path: str | Path, tokenizer: Tokenizer, dtype: torch.dtype, device: str
 ) -> Transformer:
@@ -257,22 +242,21 @@ def tensors_of(model: Transformer) -> dict[str, Tensor]:
 def save_model(
     model: Transformer,
     path: str | Path,
-    dtypes: dict[str, torch.dtype] | None = None,
+    dtype: torch.dtype | None = None,
     whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     writes: bool = True,
 ) -> None:
     """Writes config.json and model.safetensors.
 
-    dtypes: by the tensors' names in the file; others keep that of the parameter. A tied head is
-    written once, as the embedding.
+    dtype: of all tensors; without it, that of the parameters. A tied head is written once, as the
+    embedding.
     whole: gathers a parameter that is split over ranks. Every rank must call then, with `writes`
     True on one of them, whose memory holds the model.
     """
     path, tensors = Path(path), {}
     for name, tensor in tensors_of(model).items():
         name = file_name(name)
-        dtype = (dtypes or {}).get(name, tensor.dtype)
-        tensor = whole(tensor.to(dtype))  # cast first: less to gather
+        tensor = whole(tensor.to(dtype or tensor.dtype))  # cast first: less to gather
         if writes:
             tensors[name] = tensor.cpu().contiguous()
     if not writes:

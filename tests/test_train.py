@@ -27,8 +27,9 @@ from aggregate import (
     moving_average,
     sees_text,
 )
-from data import Example, Trace
+from data import Example, Pairs, Trace
 from model import Transformer
+from reward import score
 from sample import sample_groups, sample_traces
 from support.args import HELD_OUT, Args, check_args, hops_defaults, parse_args
 from support.errors import InputError
@@ -488,8 +489,20 @@ def test_a_run_leaves_its_arguments_samples_checkpoints_and_a_final_model(plain_
     assert kept == ["checkpoint-000002", "checkpoint-000003"]
     final = weights(plain_run / "final")
     for name, tensor in weights(plain_run / "checkpoint-000003").items():
-        assert torch.equal(final[name], tensor.bfloat16().float())  # as the initial model is stored
+        assert torch.equal(final[name], tensor)
     assert Tokenizer(plain_run / "final").marker == "=>"  # final/ knows its marker
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_final_scores_answers_as_the_last_evaluation_did(dtype, tmp_path):
+    """Also with a base stored in bf16, in which the updates of a short run would be lost."""
+    run(tmp_path / "run", dtype=dtype, steps=1)
+    last = [sample for sample in lines_of(tmp_path / "run/samples.jsonl") if sample["held_out"]][-1]
+    final = tmp_path / "run/final"
+    model, tokenizer = load_model(final, getattr(torch, dtype)), Tokenizer(final)
+    example = Pairs(HELD_OUT, tokenizer)[0]
+    null_logp = score(model, example.prompt, [], example.answer, tokenizer.marker_id).null_logp
+    assert null_logp.tolist() == pytest.approx(last["null_logp"], abs=1e-5)
 
 
 def test_logged_samples_hold_the_log_probs_that_their_rewards_were_computed_from(plain_run):

@@ -19,7 +19,6 @@ from support.weights import (
     load_model,
     read_config,
     save_model,
-    stored_dtypes,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -147,17 +146,11 @@ def test_a_copy_of_a_tied_head_in_the_file_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("name, key", [("llama2", "torch_dtype"), ("sharded", "dtype")])
-def test_the_dtypes_asked_for_are_written_and_named(name, key, tmp_path):
+def test_the_dtype_asked_for_is_written_and_named(name, key, tmp_path):
     model = load_model(GOLDEN / name)
-    dtypes = dict.fromkeys(stored_dtypes(GOLDEN / name), torch.bfloat16)
-    dtypes["model.norm.weight"] = torch.float32
-    save_model(model, tmp_path, dtypes)
+    save_model(model, tmp_path, torch.bfloat16)
     assert read_json(tmp_path / "config.json")[key] == "bfloat16"
-    written = tensors_in(tmp_path)
-    assert {tensor: stored.dtype for tensor, stored in written.items()} == {
-        tensor: dtypes[tensor] for tensor in written
-    }
-    assert stored_dtypes(tmp_path).items() <= dtypes.items()
+    assert {stored.dtype for stored in tensors_in(tmp_path).values()} == {torch.bfloat16}
     half = load_model(tmp_path, torch.bfloat16)
     for parameter_name, parameter in model.named_parameters():
         assert torch.equal(half.get_parameter(parameter_name), parameter.bfloat16())
@@ -197,7 +190,6 @@ def test_a_model_made_here_gets_a_config_that_reads_back_as_it_was(family, chang
 def test_every_rank_gathers_every_tensor_and_one_writes(tmp_path):
     """Gathering a parameter of a split model needs a call of every rank, in the same order."""
     model = load_model(GOLDEN / "llama2")
-    dtypes = dict.fromkeys(stored_dtypes(GOLDEN / "llama2"), torch.bfloat16)
     parameters = list(model.parameters())
     for writes in (True, False):
         gathered = []
@@ -206,7 +198,7 @@ def test_every_rank_gathers_every_tensor_and_one_writes(tmp_path):
             gathered.append(tensor)
             return 2 * tensor
 
-        save_model(model, tmp_path / str(writes), dtypes, whole, writes)
+        save_model(model, tmp_path / str(writes), torch.bfloat16, whole, writes)
         for tensor, parameter in zip(gathered, parameters, strict=True):
             assert torch.equal(tensor, parameter.bfloat16())  # cast before it is sent
     assert not (tmp_path / "False").exists()
