@@ -10,7 +10,7 @@ flags=(
   --data "${DATA:?question-answer pairs, JSONL}"
   --eval-data "${EVAL:-}"
   --out "${OUT:-runs/llama-3.2-1b}"
-  --dtype bfloat16                 # compute; weights, gradient sums and AdamW stay fp32
+  --dtype bfloat16                 # compute and final/; parameters, gradient sums and AdamW stay fp32
   --marker '<|reserved_special_token_0|>'  # Llama 3 keeps tokens free: no new row, the vocabulary stays a round number
   --questions 64 --updates 1       # a quarter of the paper's batch, used once: on-policy
   --traces 8                       # K of the paper
