@@ -32,7 +32,7 @@ from model import Transformer
 from reward import score
 from sample import sample_groups, sample_traces
 from support.args import HELD_OUT, Args, check_args, hops_defaults, parse_args
-from support.errors import InputError
+from support.errors import InputError, read_json
 from support.metrics import question_figures, step_figures
 from support.tokenizer import Tokenizer
 from support.weights import load_model, load_with_marker, save_model
@@ -499,6 +499,7 @@ def test_final_scores_answers_as_the_last_evaluation_did(dtype, tmp_path):
     run(tmp_path / "run", dtype=dtype, steps=1)
     last = [sample for sample in lines_of(tmp_path / "run/samples.jsonl") if sample["held_out"]][-1]
     final = tmp_path / "run/final"
+    assert read_json(final / "config.json")["torch_dtype"] == dtype
     model, tokenizer = load_model(final, getattr(torch, dtype)), Tokenizer(final)
     example = Pairs(HELD_OUT, tokenizer)[0]
     null_logp = score(model, example.prompt, [], example.answer, tokenizer.marker_id).null_logp
