@@ -46,11 +46,11 @@ import torch
 from torch import Tensor
 
 from aggregate import AGGREGATORS, credit, declares, moving_average, sees_text
-from data import Example, Pairs, stream_seed
+from data import Example, Pairs
 from evaluate import open_examples
 from model import Transformer
 from reward import score
-from sample import sample_to_marker
+from sample import sample_groups
 from support.args import Args, add_flag, check_args, model_flags, open_model
 from support.errors import InputError, exit_on_bad_input, refusing, require
 from support.tokenizer import Tokenizer
@@ -70,41 +70,31 @@ OF_TRAINING += " filter_std answers_first"
 class Group:
     """One question's sampled traces, and the empty one as the last row."""
 
-    traces: list[list[int]]  # K+1 times the token ids before the marker; the last is empty
+    lengths: list[int]  # K+1, tokens before the marker
     answer_logp: Tensor  # [K+1, T]
-    null_logp: Tensor  # [T]
 
     def __post_init__(self) -> None:
+        self.null_logp = self.answer_logp[-1]  # [T]
         least = self.null_logp.min().clamp(min=math.log(0.5))
         self.uncertain = self.null_logp <= least  # [T]
         self.change = self.answer_logp - self.null_logp  # [K+1, T] nats
         self.gain = self.change[:, self.uncertain].sum(dim=1)  # [K+1]
         helps = torch.where(self.gain > HELPS, HELPFUL, IDLE)
-        thinks = torch.tensor([len(ids) > 0 for ids in self.traces])
-        self.kind = torch.where(thinks, helps, EMPTY)  # [K+1]
+        self.kind = torch.where(torch.tensor(self.lengths) > 0, helps, EMPTY)  # [K+1]
 
 
 @torch.no_grad()
-def sample_group_scores(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    k: int,
-    max_trace: int,
-    seed: int = 0,
-    temperature: float = 1.0,
+def sample_and_score(
+    model: Transformer, tokenizer: Tokenizer, examples: list[Example], args: Args
 ) -> list[Group]:
-    """Groups of K traces and the empty one, sampled and scored as a training step does."""
-    marker = tokenizer.marker_id
-    prompts = [example.prompt for example in examples]
-    seeds = [stream_seed(seed, 0, example.index) for example in examples]
-    sampled = sample_to_marker(model, tokenizer, prompts, k, max_trace, temperature, seeds)
+    """--traces traces a question and the empty one, sampled and scored as a training step does."""
     groups = []
+    sampled = sample_groups(model, tokenizer, examples, 0, args)
     for example, traces in zip(examples, sampled, strict=True):
-        scores = score(model, example.prompt, traces, example.answer, marker)
-        ids = [trace.ids[:-1] if trace.finished else trace.ids for trace in traces]
-        answer_logp = torch.cat([scores.answer_logp, scores.null_logp[None]]).double().cpu()
-        groups.append(Group([*ids, []], answer_logp, answer_logp[-1]))
+        scores = score(model, example.prompt, traces, example.answer, tokenizer.marker_id)
+        logp = torch.cat([scores.answer_logp, scores.null_logp[None]])
+        lengths = [len(trace.ids) - trace.finished for trace in traces]
+        groups.append(Group([*lengths, 0], logp.double().cpu()))
     return groups
 
 
@@ -201,8 +191,8 @@ def main() -> None:
     require(there, f"--draw {given.draw}: there is no folder {given.draw and given.draw.parent}")
     model, tokenizer = open_model(given, untrained=True)
     examples = open_examples(given, model, tokenizer)
-    limits = (given.sampled, given.max_trace, given.seed, given.temperature)
-    groups = sample_group_scores(model, tokenizer, examples, *limits)
+    limits = dict(traces=given.sampled, max_trace=given.max_trace, seed=given.seed)
+    groups = sample_and_score(model, tokenizer, examples, replace(args, **limits))
     print(f"{len(groups)} questions{Pairs(given.data, tokenizer).note()}, {describe(groups)}")
     histories = {}
     for name in NAMES:

@@ -23,7 +23,7 @@ def group(rows: list[tuple[int, float, float]]) -> Group:
     """Traces as (length, probability of each easy token, of the hard one), the empty one last."""
     probabilities = [[easy] * EASY + [hard] * HARD for _, easy, hard in rows]
     logp = torch.tensor(probabilities, dtype=torch.float64).log()
-    return Group([[0] * length for length, _, _ in rows], logp, logp[-1])
+    return Group([length for length, _, _ in rows], logp)
 
 
 # A worked trace costs the easy tokens some probability and makes the hard one likely.
@@ -51,10 +51,11 @@ def test_the_groups_are_sampled_traces_and_the_empty_one(tmp_path):
     """Of prompt and answer ids alone: question and gold text are empty."""
     model, tokenizer = tiny.model(3), letters(tmp_path)
     examples = [Example(i, [1 + i, 2], [3, 4, 5], "", "") for i in range(3)]
-    for made in preflight.sample_group_scores(model, tokenizer, examples, 4, 6, seed=7):
+    args = Args(traces=4, max_trace=6, seed=7)
+    for made in preflight.sample_and_score(model, tokenizer, examples, args):
         assert made.answer_logp.shape == (5, 3)
         assert torch.equal(made.answer_logp[-1], made.null_logp)
-        assert made.traces[-1] == [] and max(map(len, made.traces)) <= 6
+        assert made.lengths[-1] == 0 and max(made.lengths) <= 6
 
 
 # ---- the equations
@@ -183,7 +184,7 @@ def test_a_model_with_random_weights_gets_a_line_for_every_reward(
     drawn = xml.dom.minidom.parse(f"{tmp_path}/race.svg")
     assert len(drawn.getElementsByTagName("polyline")) == 2 * (len(NAMES) - len(refused))
     # Refused before anything is sampled.
-    monkeypatch.setattr(preflight, "sample_group_scores", None)
+    monkeypatch.setattr(preflight, "sample_and_score", None)
     monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()[:-1], f"{tmp_path}/no/a.svg"])
     with pytest.raises(InputError, match=r"no/a\.svg"):
         main()
