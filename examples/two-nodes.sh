@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The same program on two machines: start this on both, with the same HEAD (the name of one of them) and --out on a disk both see.
 #   HEAD=node1 MODEL=... DATA=... examples/two-nodes.sh [more flags]
-# Tested with two torchrun agents on loopback and the embedded task (tests/test_distributed.py), not yet on two machines with GPUs.
+# Not tried on two machines yet: a test checks that train.py accepts these flags, others run ranks of one machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"  # of `make train`, if there is one

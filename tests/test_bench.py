@@ -13,7 +13,6 @@ import torch
 from bench import gpu, make_model, step
 from bench import sample as bench_sample
 from model import Config
-from support.errors import exit_on_bad_input
 from support.weights import empty_model, file_name, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -145,30 +144,3 @@ def test_every_section_ends_well_in_a_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout
     rows = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert {row["name"] for row in rows} == {one[0] for one in gpu.CHECKS + gpu.TIMINGS}
-
-
-# ---- bad input
-@pytest.mark.parametrize(
-    ("script", "flags", "says"),
-    [
-        (step, "--model nowhere", "nowhere/config.json"),
-        (step, "--questions 0", "--questions"),
-        (step, "--traces 1", "--traces 1"),
-        (step, "--model broken --rounds 1", "broken/model.safetensors"),
-        (bench_sample, "--new 1", "--new 1"),
-        (gpu, "", "there is no GPU here"),
-        (gpu, "--dry-run --only nosuch", "--only nosuch"),
-    ],
-)
-def test_bad_input_is_one_line(script, flags, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    save_model(tiny.model(), "broken")
-    Path("broken/model.safetensors").write_bytes(b"not weights")
-    monkeypatch.setattr(sys, "argv", ["bench", *flags.split()])
-    with pytest.raises(SystemExit) as stopped:
-        exit_on_bad_input(script.main)()
-    out, err = capsys.readouterr()
-    line = err.removeprefix("ours\n")  # progress
-    assert stopped.value.code == 2 and out == "" and line.count("\n") == 1
-    assert line.startswith("error: ") and says in line

@@ -306,28 +306,15 @@ CHATML = """{% for message in messages %}<|{{ message.role }}|>{{ message.conten
 {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
-@every_kind
-@pytest.mark.parametrize("in_file", [False, True])
-def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, tmp_path):
-    shutil.copytree(GOLDEN / kind, tmp_path, dirs_exist_ok=True)
-    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    if in_file:
-        (tmp_path / "chat_template.jinja").write_text(CHATML)
-    else:
-        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-        described["chat_template"] = CHATML
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+def test_a_template_in_a_file_of_its_own_comes_first_and_gets_no_bos_that_it_has_not(tmp_path):
+    """Templates in tokenizer_config.json, and what their exports remember: `transformers` above."""
+    shutil.copytree(GOLDEN / "llama3", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert "--prompt-format chat" in Tokenizer(tmp_path).note
     tokenizer = Tokenizer(tmp_path, prompt_format="chat")
     eos = tokenizer.eos
     text = f"<|user|>x{eos}\n<|assistant|>y{eos}\n<|user|>z{eos}\n<|assistant|>"  # without bos
     assert tokenizer.prompt_ids(["x", "y", "z"]) == tokenizer.encode_prompt(text)
-    # The exported directory has the template that was trained on, and remembers to use it.
-    (tmp_path / "final").mkdir()
-    tokenizer.save(tmp_path / "final")
-    back = Tokenizer(tmp_path / "final")
-    assert back.chat_template() == CHATML and back.note == ""
-    assert back.prompt_ids(["x", "y", "z"]) == tokenizer.prompt_ids(["x", "y", "z"])
 
 
 @pytest.mark.parametrize(
@@ -337,6 +324,7 @@ def test_the_format_chat_prompts_through_the_directorys_template(kind, in_file, 
         ("{{ messages", "template fails"),
         ("{{ raise_exception('no user turns') }}", "no user turns"),
         ("{{ messages | unknown }}", "unknown"),
+        ("{{ messages.__class__.__mro__ }}", "is unsafe"),  # no way out of the sandbox
         ("<|assistant|>", "drops the question"),
     ],
 )
@@ -507,16 +495,9 @@ def test_a_stream_seed_depends_on_every_argument_and_never_changes():
 
 # ---- a run that goes on
 def test_more_steps_do_not_stretch_the_warm_up(world):
+    flags = ["--model=model", "--data=rows.jsonl", "--out=new", "--warmup=1", *BRIEF]
     for steps in (4, 6, 8):  # each goes on from the one before
-        flags = [
-            "--model=model",
-            "--data=rows.jsonl",
-            "--out=new",
-            "--resume",
-            "--warmup=1",
-            *BRIEF,
-        ]
-        train.train(train.parse_args([*flags, f"--steps={steps}"], ""))
+        train.train(train.parse_args([*flags, "--resume", f"--steps={steps}"], ""))
     log = lines_of("new/log.jsonl")
     rates = [record["lr"] / Args.lr for record in log]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,12 @@ def workers(agent: int) -> list[int]:
         if int(fields[1]) == agent:
             found.append(int(stat.parent.name))
     return found
+
+
+def read_until_a_step_is_done(process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        if re.match(r"step +[1-9]\d*/", line):
+            return
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -147,9 +154,7 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
     rng, out = random.Random(seed), tmp_path / "killed"
     for everything in (False, True):  # one rank, or all of them and torchrun
         process = start(out, *["--resume"] * out.exists(), torchrun=processes(2))
-        for line in process.stdout:
-            if line.startswith("step") and not line.startswith("step 0"):
-                break
+        read_until_a_step_is_done(process)
         for _ in range(rng.randrange(2_000_000)):  # up to about a step and its checkpoint
             pass
         ranks = workers(process.pid)
@@ -166,7 +171,22 @@ def test_killed_with_sigkill_and_resumed_by_two_or_by_one_process_the_run_is_the
     assert_same_run(out, tmp_path / "alone")
 
 
-# ---- whose questions
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_ended_by_a_signal_saves_the_step_and_says_how_to_go_on(number, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--steps=50", "--save-every=99", torchrun=processes(2))
+    read_until_a_step_is_done(process)
+    process.send_signal(number)
+    output = output_of(process)
+    (checkpoint,) = out.glob("checkpoint-*")
+    step = int(checkpoint.name[-6:])
+    assert output.count("stopped: step ") == 1, output
+    assert f"stopped: step {step} is saved; " in output and f"--resume --out {out}" in output
+    again = start(out, "--resume", f"--steps={step + 1}", torchrun=processes(2))
+    assert f"step {step + 1}/" in finish(again)
+
+
 # ---- the process group
 def launched(monkeypatch, **env: str) -> None:
     """As if torchrun had started this process as one of two."""

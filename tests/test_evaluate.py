@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_sample import letters, line, next_logits, slow_trace
-from tiny import lines_of
+from test_sample import letters, line, slow_trace
+from tiny import lines_of, plain_logp
 
 import evaluate
 import sample
@@ -57,11 +57,7 @@ def slow_figures(
         return greedy_answer(model, tokenizer, read, len(example.answer)) == example.gold
 
     def gold_logp(example: Example, context: list[int]) -> float:
-        total = 0.0
-        for i, token in enumerate(example.answer):
-            read = [*example.prompt, *context, *example.answer[:i]]
-            total += float(next_logits(model, read).log_softmax(0)[token])
-        return total
+        return plain_logp(model, [*example.prompt, *context], example.answer).sum().item()
 
     for i, (example, trace) in enumerate(zip(examples, traces, strict=True)):
         own = trace_ids(trace, marker)
@@ -194,29 +190,3 @@ def test_a_base_without_the_marker_is_scored_as_training_would_start_from_it(
     assert shown == [f"{name} {value:.4g}" for name, value in expected.items()]
     with pytest.raises(InputError, match="base: has no marker '<new>'"):
         command(monkeypatch, capsys, "--question=b", *asked, main=sample.main, model="base")
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("", "--question"),
-        ("--question=a --data=rows.jsonl", "--question"),
-        ("--question=a", "--gold"),
-        ("--gold=a --data=rows.jsonl", "--gold"),
-        ("--data=rows.jsonl --limit=0", "--limit 0"),
-        ("--data=rows.jsonl --max-trace=0", "--max-trace 0"),
-        ("--question=a --gold=a --max-answer=0", "--max-answer 0"),
-        ("--question=a --gold=a --temperature=-1", "--temperature -1.0"),
-        # No effect there:
-        ("--data=rows.jsonl --temperature=1", "--temperature"),
-        ("--data=rows.jsonl --max-answer=3", "--max-answer"),
-        ("--data=rows.jsonl --seed=3", "--seed"),
-        ("--question=a --gold=a --seed=3", "--seed"),
-        ("--question=a --gold=a --predictions=new.jsonl", "--predictions"),
-        ("--question=a --gold=a --limit=3", "--limit"),
-    ],
-)
-def test_flags_that_do_not_fit_together_are_refused(flags, says, saved, monkeypatch, capsys):
-    with pytest.raises((InputError, SystemExit)) as refusal:
-        command(monkeypatch, capsys, *flags.split())
-    assert says in f"{refusal.value}{capsys.readouterr().err}"

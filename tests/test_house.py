@@ -41,6 +41,12 @@ def test_imports_run_one_way():
             assert not any(name.startswith("torch.distributed") for name in found), module
 
 
+def test_nothing_that_is_loaded_is_a_pickle():
+    for module in ORDER:
+        text = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+        assert "import pickle" not in text and "torch.load" not in text, module
+
+
 def test_lines_are_short():
     """100 characters at most. 56 on average: over a room; in a file, indentation not counted."""
     for room in ("", "kernels", "support", "tests", "bench", "examples"):

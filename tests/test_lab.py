@@ -1,10 +1,8 @@
 """examples/lab.py: the grids are what the flags allow, runs are resumed, and what it measures is
-right on cases that can be worked out by hand."""
+right on cases that can be worked out by hand. examples/sums: its answers are right."""
 
-import json
 import math
 import random
-import re
 import sys
 
 import pytest
@@ -13,7 +11,6 @@ from data import Trace
 from examples import lab
 from examples.hops import make
 from examples.sums import make as sums
-from preflight import NAMES
 from support.args import check_args, parse_args
 from support.tokenizer import Tokenizer
 
@@ -28,21 +25,6 @@ def test_train_accepts_every_method_of_a_grid_and_every_setting_has_a_name_of_it
     assert len(set(grid.cells)) == len(grid.cells)
     tasks = {task for task, _ in grid.cells}
     assert len({lab.label(vars(task)) for task in tasks}) == len(tasks)
-
-
-def test_the_fresh_grid_is_the_file_of_predictions():
-    """Eleven settings of eight rewards; two of these compare traces, and cannot be clipped."""
-    settings = lab.predicted("fresh")
-    assert len(settings) == 11
-    for task, line in settings:
-        for axis in line["make"].split()[1:]:
-            name, value = axis.removeprefix("--").split("=")
-            assert vars(task)[name] == float(value)
-        assert ("sums" in line["make"]) == (lab.label(vars(task)).endswith(", sums"))
-        clipped = "--clip-null" in line["train"]
-        rewards = set(NAMES) - {"info_gain"}
-        assert set(line["race"]) == rewards - ({"r3", "jlb_multi"} if clipped else set())
-    assert len(lab.GRIDS["fresh"].cells) == 9 * 8 + 2 * 6
 
 
 # ---- runs
@@ -150,57 +132,36 @@ def test_thinking_appears_at_the_first_of_three_steps_with_gain_and_traces():
     assert lab.first_thinking_step(log[:-1]) is None
 
 
+# ---- examples/sums
+@pytest.mark.parametrize("hard", [1, 3])
+def test_the_hard_tokens_are_the_last_digits_of_the_sums(hard):
+    task = make.Task(hard=hard)
+    for seed in range(20):
+        rng = random.Random(seed)
+        question, paths = sums.make_question(task, rng)
+        answer, positions = make.make_answer(task, paths, rng)
+        terms = question.removesuffix(" ?").split(" ; ")
+        totals = [sum(map(int, text.split(" + "))) % 10 for text in terms]
+        assert [int(answer.split()[position]) for position in positions] == totals
+
+
+def test_the_tokenizer_has_every_word_of_the_documents(tmp_path):
+    make.write_tokenizer(tmp_path, sums.SUMS.vocabulary)
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer, rng = Tokenizer(tmp_path), random.Random(0)
+    unknown = tokenizer.model.token_to_id("<unk>")
+    for document in [make.make_document, make.make_lookup_document] * 50:
+        for text in document(make.Task(), rng, sums.SUMS):
+            assert unknown not in tokenizer.encode_prompt(text)
+
+
 # ---- tables
-def test_the_committed_table_is_made_of_the_committed_runs(tmp_path, capsys):
-    (tmp_path / "map.csv").write_bytes((HOPS / "map.csv").read_bytes())
-    lab.write_report(tmp_path / "map")
-    assert (tmp_path / "map.md").read_text() == (HOPS / "map.md").read_text()
-    if (tmp_path / "map.svg").exists():
-        assert (tmp_path / "map.svg").read_text() == (HOPS / "map.svg").read_text()
-
-
-# ---- the race and what came of it
-def run_row(easy: int, method: str, seed: int, thinks_from: int | None) -> dict:
-    row = vars(make.Task(easy=easy)) | {"method": method, "seed": seed, "steps": 60}
-    return row | {"survives": thinks_from is not None, "thinks_from": thinks_from}
-
-
-def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch, capsys):
-    """Two settings have runs, in the first the race is right in both cells, in the second in none;
-    the third and a reward of the second have not been run."""
-
-    def setting(easy: int, race: dict, earlier: list[str], flags: str = "") -> dict:
-        line = {"make": f"examples/hops/make.py --easy={easy}", "train": flags, "race": race}
-        return line | {"earlier rule": earlier, "two features": list(race)}
-
-    fresh = [
-        setting(8, {"prob": 20, "r3": None}, ["prob"]),
-        setting(16, {"prob": None, "r3": 0, "log_prob": 9}, ["prob"], "--traces=4"),
-        setting(64, {"prob": 50}, []),
-    ]
-    (tmp_path / "settings.json").write_text(json.dumps({"fresh": fresh}))
-    monkeypatch.setattr(lab, "RACE", tmp_path / "settings.json")
-    rows = [run_row(8, "prob", seed, step) for seed, step in enumerate((18, 24, None))]
-    rows += [run_row(8, "r3", seed, None) for seed in range(2)]
-    rows += [run_row(16, "prob --traces=4", 0, 40)]
-    # Half of the seeds are not most.
-    rows += [run_row(16, "r3 --traces=4", 0, 12), run_row(16, "r3 --traces=4", 1, None)]
-    lab.write_csv(tmp_path / "fresh.csv", rows)
-    lab.write_report(tmp_path / "fresh")
-    text = (tmp_path / "fresh.md").read_text()
-    assert text.startswith("8 runs in 4 of ") and " cells, 2 settings; " in text
-    assert "latest: 0.74" in text  # ranks 2, 3.5, 3.5, 1 and 1, 4, 3, 2
-    for line in (
-        "the race | 2 of 4 | 0% to 100% | 5 of 8 | 33% to 80% | 1 of 2",
-        "always keeps | 2 of 4 | 50% to 50% | 4 of 8 | 40% to 67% | 2 of 4",
-        "always lost | 2 of 4 | 50% to 50% | 4 of 8 | 33% to 60% | 0 of 0",
-        "earlier rule | 4 of 4 | 100% to 100% | 6 of 8 | 67% to 80% | 2 of 2",
-        "8 easy, sloppy 0.3 | prob | 20 | 18 24 - | 2/3 | yes",
-        "16 easy, sloppy 0.3 | r3 --traces=4 | 0 | 12 - | 1/2 | no",
-    ):
-        assert f"| {line} |" in text
-    dots = re.findall(r'<circle cx="(\S+)" cy="(\S+)"', (tmp_path / "fresh.svg").read_text())
-    assert dots == [("20", "24"), ("61", "61"), ("61", "40"), ("0", "36.5")]
+@pytest.mark.parametrize("name", ["map", "fresh", "untried"])
+def test_a_committed_table_and_its_figure_are_made_of_the_committed_runs(name, tmp_path, capsys):
+    (tmp_path / f"{name}.csv").write_bytes((HOPS / f"{name}.csv").read_bytes())
+    lab.write_report(tmp_path / name)
+    for file in tmp_path.iterdir():  # without matplotlib map.svg is not made
+        assert file.read_text() == (HOPS / file.name).read_text()
 
 
 def test_the_interval_is_of_settings_and_equal_values_share_a_rank():

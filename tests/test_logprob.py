@@ -29,7 +29,6 @@ N, H, V = 70, 80, 600  # not multiples of any tile
 CHUNK = 256  # columns
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GRADIENT_ERROR = {  # relative, in the 2-norm
-    torch.float64: 1e-12,
     torch.float32: 1e-6,
     torch.float16: 4e-4,
     torch.bfloat16: 3e-3,
@@ -92,7 +91,7 @@ def close(ours: Tensor, exact: Tensor, bound: float) -> None:
 def near(ours: Tensor, exact: Tensor, bound: float) -> None:
     """The relative difference in the 2-norm is at most `bound`."""
     assert ours.shape == exact.shape
-    assert ((ours.double() - exact).norm() / exact.norm()).item() <= bound
+    assert (ours.double() - exact).norm().item() <= bound * exact.norm().item()
 
 
 def matches_float64(backend, hidden, weight, target, g, temperature=1.0, bound=1e-5) -> None:
@@ -124,11 +123,6 @@ def memory_filled_with_nan():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_match_float64(backend, dtype, temperature):
     matches_float64(backend, *problem(backend, dtype), temperature)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_float64_inputs_are_computed_in_float64(temperature):
-    matches_float64("auto", *problem("torch", torch.float64), temperature, bound=1e-12)
 
 
 @both_backends
@@ -256,12 +250,7 @@ def test_rows_whose_upstream_gradient_is_zero_are_not_computed(backend, monkeypa
     "shape", [(1, 80, 600), (1, 1, 1), (3, 64, 256), (65, 7, 257), (5, 130, 2)], ids=str
 )
 def test_any_shape_matches_float64(backend, shape):
-    hidden, weight, target, g = problem(backend, torch.float32, *shape)
-    logp, entropy = linear_logprob(hidden, weight, target, entropy=True, backend=backend)
-    logp.backward(g)
-    ours = logp, entropy, hidden.grad, weight.grad
-    for value, exact in zip(ours, reference(hidden, weight, target, g), strict=True):
-        close(value, exact, 1e-5)
+    matches_float64(backend, *problem(backend, torch.float32, *shape))
 
 
 class Memory(TorchDispatchMode):

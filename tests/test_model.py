@@ -1,5 +1,5 @@
-"""model.py: equal to transformers on the golden models, and equal to itself however a text is
-split over forwards."""
+"""model.py: equal to transformers on the golden models. That a text read in several forwards is the
+same text: test_reward.py (a prompt and its branches), test_sample.py (decode steps)."""
 
 from pathlib import Path
 
@@ -7,23 +7,15 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tiny import assert_close
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from model import Config, Prefix, Transformer, rope_table, visible
 from support.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.safetensors"))
-
-every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def golden(name: str, dtype: torch.dtype = torch.float64) -> tuple[Transformer, Tensor]:
-    """A golden model and its tokens [2, 24]."""
-    tokens = load_file(GOLDEN / name / "expected.safetensors")["tokens"]
-    return load_model(GOLDEN / name, dtype), tokens
 
 
 def random_tokens(seed: int, *shape: int) -> Tensor:
@@ -32,56 +24,13 @@ def random_tokens(seed: int, *shape: int) -> Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
-    """Relative to the largest element: those near zero are sums with its rounding error."""
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert (a - b).abs().max() <= tolerance * b.abs().max()
-
-
 # ---- against transformers
-@every_model
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_equal_those_of_transformers(name):
-    model, tokens = golden(name, torch.float32)
-    expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
-    assert_close(model(tokens) @ model.lm_head.weight.T, expected, 1e-4)
-
-
-# ---- a text in several forwards
-class Growing:
-    """The least that a `past` must have: append and length."""
-
-    def __init__(self) -> None:
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
-        self.length = 0  # tokens; who runs a forward adds to it after that
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.kv:
-            old_k, old_v = self.kv[layer]
-            k = torch.cat([old_k, k], dim=2)
-            v = torch.cat([old_v, v], dim=2)
-        self.kv[layer] = (k, v)
-        return k, v
-
-
-@every_model
-@torch.no_grad()
-def test_a_text_in_pieces_equals_the_text_in_one_forward(name):
-    model, tokens = golden(name)
-    past, pieces = Growing(), []
-    for piece in tokens.split([5, 1, 1, 9, 8], dim=1):
-        pieces.append(model(piece, past))
-        past.length += piece.shape[1]
-    assert_close(torch.cat(pieces, dim=1), model(tokens), 1e-12)
-
-
-# ---- a prompt and its branches
-def test_recomputation_does_not_append_to_the_cache_again():
-    model, past = tiny.model(), Growing()
-    model.recompute = True
-    with set_checkpoint_early_stop(False):  # or recomputation may end before the append
-        model(random_tokens(5, 2, 6), past).sum().backward()
-    assert [k.shape[2] for k, _ in past.kv.values()] == [6, 6]
+    model, expected = load_model(GOLDEN / name), load_file(GOLDEN / name / "expected.safetensors")
+    logits = model(expected["tokens"]) @ model.lm_head.weight.T
+    assert_close(logits, expected["logits"], 1e-4)
 
 
 def test_recomputation_keeps_less():

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from tiny import assert_close, plain_logp, predictions
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import reward
 from data import Trace
@@ -45,63 +48,39 @@ def body_and_actions(trace: list[int] | Trace) -> tuple[list[int], list[int]]:
     return (trace[:-1] if trace[-1:] == [MARKER] else trace), trace
 
 
-def full_logits(model: Transformer, row: list[int]) -> Tensor:
-    return model(torch.tensor([row]))[0] @ model.lm_head.weight.T  # [L, V]
-
-
 def repeated(
     model: Transformer, traces: list, temperature: float = 1.0, prompt=PROMPT, answer=ANSWER
 ) -> Scores:
-    """Scores from K + 1 full rows of prompt + trace + marker + answer, token by token."""
+    """Scores from full rows of prompt + trace + marker + answer."""
     split = [body_and_actions(trace) for trace in traces]
-    k, width = len(traces), max(1, *(len(sampled) for _, sampled in split))
-    trace_logp = [[torch.zeros((), dtype=torch.float64)] * width for _ in range(k)]
-    entropy = [[torch.zeros((), dtype=torch.float64)] * width for _ in range(k)]
-    mask = torch.zeros(k, width, dtype=torch.bool)
-    marker_logp, answer_logp = [], []
-    for index, (body, sampled) in enumerate([*split, ([], [])]):
-        context = [*prompt, *body, MARKER]
-        logits = full_logits(model, [*context, *answer])
-        policy, plain = (logits / temperature).log_softmax(-1), logits.log_softmax(-1)
-        at = range(len(context) - 1, len(context) - 1 + len(answer))
-        answer_logp.append(plain[list(at), answer])
-        marker_logp.append(policy[len(context) - 2, MARKER])
-        for t, token in enumerate(sampled):
-            p = policy[len(prompt) + t - 1]
-            trace_logp[index][t], entropy[index][t] = p[token], -(p.exp() * p).sum().detach()
-            mask[index, t] = True
+    policy = [predictions(model, prompt, sampled, temperature) for _, sampled in split]
+    trace_logp = [plain_logp(model, prompt, sampled, temperature) for _, sampled in split]
+    markers = [plain_logp(model, [*prompt, *body], [MARKER], temperature) for body, _ in split]
+    contexts = [*([*prompt, *body, MARKER] for body, _ in split), [*prompt, MARKER]]
+    *answer_logp, null_logp = (plain_logp(model, context, answer) for context in contexts)
+    padded = partial(pad_sequence, batch_first=True)  # with zeros
     return Scores(
-        trace_logp=torch.stack([torch.stack(row) for row in trace_logp]),
-        trace_mask=mask,
+        trace_logp=padded(trace_logp),
+        trace_mask=padded([torch.ones(len(logp), dtype=torch.bool) for logp in trace_logp]),
         finished=torch.tensor([sampled[-1:] == [MARKER] for _, sampled in split]),
-        marker_logp=torch.stack(marker_logp[:k]),
-        answer_logp=torch.stack(answer_logp[:k]),
-        null_logp=answer_logp[k],
-        entropy=torch.stack([torch.stack(row) for row in entropy]),
+        marker_logp=torch.cat(markers),
+        answer_logp=torch.stack(answer_logp),
+        null_logp=null_logp,
+        entropy=padded([-(logp.exp() * logp).sum(-1).detach() for logp in policy]),
     )
 
 
-@dataclass
-class Functional:
-    """A random linear functional of all differentiable fields, with weights per trace, not row."""
-
-    trace: Tensor  # [K, 64], also beyond the trace, where there is nothing to differentiate
-    marker: Tensor  # [K]
-    answer: Tensor  # [K, T]
-    null: Tensor  # [T]
-
-    def __call__(self, scores: Scores, rows: Sequence[int] = range(len(TRACES))) -> Tensor:
-        """rows[j] = the trace in row j of scores."""
-        total = (self.trace[rows, : scores.trace_logp.shape[1]] * scores.trace_logp).sum()
-        total = total + (self.marker[rows] * scores.marker_logp).sum()
-        total = total + (self.answer[rows] * scores.answer_logp).sum()
-        return total if scores.null_logp is None else total + (self.null * scores.null_logp).sum()
-
-
-def functional(k: int = len(TRACES)) -> Functional:
-    rng = torch.Generator().manual_seed(1)
-    shapes = (k, 64), (k,), (k, len(ANSWER)), (len(ANSWER),)
-    return Functional(*(torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes))
+def functional(scores: Scores, rows: Sequence[int] = range(len(TRACES))) -> Tensor:
+    """A random linear functional of all differentiable fields. rows[j]: the trace in row j."""
+    rng, k, t = torch.Generator().manual_seed(1), len(TRACES), len(ANSWER)
+    shapes = (k, 64), (k,), (k, t), (t,)  # 64: also beyond a trace, where nothing has a gradient
+    trace, marker, answer, null = (
+        torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes
+    )
+    total = (trace[rows, : scores.trace_logp.shape[1]] * scores.trace_logp).sum()
+    total = total + (marker[rows] * scores.marker_logp).sum()
+    total = total + (answer[rows] * scores.answer_logp).sum()
+    return total if scores.null_logp is None else total + (null * scores.null_logp).sum()
 
 
 def gradients(model: Transformer, loss: Tensor | None = None) -> dict[str, Tensor]:
@@ -114,16 +93,11 @@ def gradients(model: Transformer, loss: Tensor | None = None) -> dict[str, Tenso
     return found
 
 
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    atol = EXACT * float(expected.detach().abs().max())
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
-
-
 def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name in expected:
         assert expected[name].abs().max() > 1e-3, f"{name}: comparing no gradient shows nothing"
-        assert_close(got[name], expected[name])
+        assert_close(got[name], expected[name], EXACT)
 
 
 def assert_same_scores(got: Scores, expected: Scores) -> None:
@@ -133,7 +107,7 @@ def assert_same_scores(got: Scores, expected: Scores) -> None:
         if theirs is not None and theirs.dtype == torch.bool:
             assert torch.equal(ours, theirs), field.name
         elif theirs is not None:
-            assert_close(ours, theirs)
+            assert_close(ours, theirs, EXACT)
 
 
 # ---- once = repeated
@@ -145,12 +119,13 @@ def test_prompt_once_equals_prompt_repeated(kind, temperature):
     Temperature and entropy are the sampling distribution's; the answer is scored at 1. A forced
     marker is no token of the trace; a cut token is one, but no context of the answer.
     """
-    model, f = make(kind), functional()
+    model = make(kind)
     once = score(model, PROMPT, TRACES, ANSWER, MARKER, temperature=temperature, entropy=True)
     full = repeated(model, TRACES, temperature)
     assert_same_scores(once, full)
     assert not once.entropy.requires_grad
-    assert_same_gradients(gradients(model, f(once)), gradients(model, f(full)))
+    ours, theirs = (gradients(model, functional(scores)) for scores in (once, full))
+    assert_same_gradients(ours, theirs)
 
 
 def test_one_token_of_prompt_and_one_of_answer_are_enough():
@@ -167,17 +142,17 @@ FROZEN += [("plain", "embed_tokens layers norm"), ("sliding window", "embed_toke
 @pytest.mark.parametrize("kind, frozen", FROZEN)
 def test_backward_by_micro_batches_with_the_prompt_last_equals_one_backward(kind, frozen):
     """The prompt's KV cache as leaves, a backward per micro-batch, then the prompt's own."""
-    model, f = make(kind), functional()
+    model = make(kind)
     for name in frozen.split():
         model.get_submodule(name).requires_grad_(False)
-    expected = gradients(model, f(score(model, PROMPT, TRACES, ANSWER, MARKER)))
+    expected = gradients(model, functional(score(model, PROMPT, TRACES, ANSWER, MARKER)))
     prompt = prefill(model, [PROMPT])
     leaves = prompt_leaves(prompt)
     traces = [Trace(body_and_actions(trace)[0], [], finished=False) for trace in TRACES]
     for batch in micro_batches(traces, 3):
         own = [TRACES[i] for i in batch]
-        f(score(model, leaves, own, ANSWER, MARKER, null=False), batch).backward()
-    (f.null * score(model, leaves, [], ANSWER, MARKER).null_logp).sum().backward()
+        functional(score(model, leaves, own, ANSWER, MARKER, null=False), batch).backward()
+    functional(score(model, leaves, [], ANSWER, MARKER), []).backward()
     prompt_backward(prompt, leaves)
     assert_same_gradients(gradients(model), expected)
 

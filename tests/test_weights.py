@@ -13,13 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import Config, Transformer
-from support.errors import InputError
-from support.weights import (
-    copy_token_rows,
-    load_model,
-    read_config,
-    save_model,
-)
+from support.errors import InputError, read_json
+from support.weights import copy_token_rows, load_model, read_config, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.safetensors"))
@@ -29,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 # ---- config.json
 def config_of(tmp_path: Path, family: str, absent: tuple[str, ...] = (), **changes) -> Config:
     """The config of golden llama2 read as a `family`, without `absent` fields, with `changes`."""
-    source = json.loads((GOLDEN / "llama2" / "config.json").read_text())
+    source = read_json(GOLDEN / "llama2/config.json")
     source |= {"model_type": family, **changes}
     for name in absent:
         del source[name]
@@ -72,13 +67,8 @@ DEFAULT = {"rope_theta": 500.0, "rope_type": "default"}
 
 
 def test_rope_may_be_stated_twice_the_same(tmp_path):
-    config = config_of(
-        tmp_path,
-        "llama",
-        rope_parameters=DEFAULT,
-        rope_theta=500.0,
-        rope_scaling={"type": "default"},
-    )
+    twice = {"rope_theta": 500.0, "rope_scaling": {"type": "default"}}
+    config = config_of(tmp_path, "llama", rope_parameters=DEFAULT, **twice)
     assert (config.rope_theta, config.rope_scaling) == (500.0, None)
 
 
@@ -100,10 +90,6 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
             if not name.endswith("inv_freq"):
                 found[name] = tensor
     return found
-
-
-def read_json(file: Path) -> dict:
-    return json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("name", MODELS)

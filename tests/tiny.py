@@ -1,5 +1,5 @@
 """Tiny models and tokenizers for tests: made in a millisecond, with outputs far from uniform, so
-that mistakes show. And the logs of their runs."""
+that mistakes show. Comparing their tensors; the logs of their runs."""
 
 import json
 from collections.abc import Sequence
@@ -30,6 +30,25 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Trans
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.copy_(0.5 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
     return made
+
+
+def predictions(
+    model: Transformer, context: list[int], tokens: list[int], temperature: float = 1.0
+) -> Tensor:
+    """Log-probs of all tokens in the place of each of `tokens`, by one forward of the whole text.
+
+    -> [len(tokens), V]
+    """
+    hidden = model(torch.tensor([[*context, *tokens]]))[0, len(context) - 1 : -1]
+    return (hidden @ model.lm_head.weight.T / temperature).log_softmax(-1)
+
+
+def plain_logp(
+    model: Transformer, context: list[int], tokens: list[int], temperature: float = 1.0
+) -> Tensor:
+    """Log-probs of `tokens` after `context`, [len(tokens)]."""
+    index = torch.tensor(tokens, dtype=torch.long)[:, None]
+    return predictions(model, context, tokens, temperature).gather(1, index)[:, 0]
 
 
 @torch.no_grad()
@@ -80,6 +99,13 @@ def tokenizer_dir(
     if eos is not None:
         (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
     return path
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Relative to the largest element: those near zero are sums with its rounding error."""
+    largest = float(expected.detach().abs().max())
+    assert largest > 0  # comparing zeros shows nothing
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * largest)
 
 
 WALL_CLOCK = {"tokens_per_s", "sec_sample", "sec_score", "sec_update", "mem_gb"}
