@@ -208,7 +208,7 @@ def aggregate(
     logp = logp.detach().requires_grad_()
     null_logp = null_logp.detach()
     with torch.enable_grad():
-        reward = f(logp, null_logp, *seen[: len(signature(f).parameters) - 2])
+        reward = f(logp, null_logp, *seen[: len(signature(f).parameters) - 2]).to(logp)
         if reward.shape != logp.shape[:1]:  # broadcasting would go on with it, and be wrong
             shape = list(reward.shape)
             raise ValueError(f"{name} returned shape {shape}, it should be [{len(logp)}]")
@@ -251,12 +251,9 @@ def advantages(
         return torch.zeros_like(reward)
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
-    if weight is None:
-        floor = ROUNDING * values.abs().max().clamp(min=1.0)
-    else:
-        floor = ROUNDING * weight.detach().double().abs().sum(dim=1).max()
+    sizes = values.abs().clamp(min=1) if weight is None else weight.double().abs().sum(dim=1)  # [K]
     mean, std = values.mean(), values.std()
-    if std <= floor:
+    if std <= ROUNDING * sizes.max():
         return torch.zeros_like(reward)
     if center == "mean":
         values = values - mean
@@ -291,7 +288,5 @@ def credit(
         return reward, torch.zeros_like(reward), torch.ones_like(weight)
     center = "none" if declares(args.aggregator, "relative") else args.center
     advantage = advantages(reward, center, args.scale, weight, least_std)
-    if args.answer_weight == "exact":
-        return reward, advantage, weight
-    omega = torch.ones_like if args.answer_weight == "fixed" else torch.zeros_like
-    return reward, advantage, omega(weight)
+    omega = {"exact": weight, "fixed": torch.ones_like(weight), "none": torch.zeros_like(weight)}
+    return reward, advantage, omega[args.answer_weight]

@@ -72,7 +72,6 @@ class Pairs:
         self.spelled_out = self.early_eos = 0
         self.offsets: list[int] = []  # of the rows, in bytes
         digest = hashlib.sha256()
-        offset = 0
         with refusing(self.path):
             self.file = open(self.path, "rb")
         for number, line in enumerate(self.file, start=1):
@@ -82,8 +81,7 @@ class Pairs:
                 if any(map(tokenizer.spelled.search, (*turns, gold))):
                     self.count_special(turns, gold, where)
                 digest.update(line)
-                self.offsets.append(offset)
-            offset += len(line)
+                self.offsets.append(self.file.tell() - len(line))
         require(bool(self.offsets), f"{self.path}: holds no rows")
         self.digest = digest.hexdigest()
 
@@ -148,18 +146,12 @@ def alternating_turns(messages: list[dict], where: str) -> list[str]:
     """
     roles = [message["role"] for message in messages]
     turns = [message["content"] for message in messages]
-    system = []
-    if roles[:1] == ["system"]:
-        roles.pop(0)
-        system.append(turns.pop(0))
-    alternating = f'"messages" should alternate user and assistant, roles are {roles}'
-    while roles and roles[-1] != "assistant":
-        roles.pop()
-        turns.pop()
-    pairs = len(roles) // 2
-    require(pairs > 0 and roles == ["user", "assistant"] * pairs, f"{where}: {alternating}")
-    turns[0] = "\n\n".join([*system, turns[0]])
-    return turns
+    first = int(roles[:1] == ["system"])  # where the first question stands
+    end = max([0, *(i for i, role in enumerate(roles, start=1) if role == "assistant")])
+    pairs = (end - first) // 2
+    right = pairs > 0 and roles[first:end] == ["user", "assistant"] * pairs
+    require(right, f'{where}: "messages" should alternate user and assistant, roles are {roles}')
+    return ["\n\n".join(turns[: first + 1]), *turns[first + 1 : end]]
 
 
 def fits(

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, as rope_table makes them
@@ -130,10 +131,8 @@ class Transformer(nn.Module):
         """
         start = 0 if past is None else past.length
         offsets = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
-        if isinstance(start, Tensor):
-            positions = start[:, None] + offsets  # [B, L]
-        else:
-            positions = start + offsets  # [L], the same in every row
+        first = start[:, None] if isinstance(start, Tensor) else start
+        positions = first + offsets  # [L], or [B, L] where rows differ
 
         @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
         def mask(keys: int) -> Mask:
@@ -392,11 +391,8 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Prefill:
     Prompts are padded on the right to the longest, P tokens. Causal attention keeps the padding out
     of `hidden`; its keys and values lie beyond a prompt's length, where nothing is read.
     """
-    device = model.lm_head.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     past = Prefix()
-    hidden = model(torch.tensor(padded, device=device), past)  # [B, P, H]
-    row = torch.arange(len(prompts), device=device)
-    last = torch.tensor(lengths, device=device) - 1
-    return Prefill(past, hidden[row, last])
+    hidden = model(tokens.to(model.lm_head.weight.device), past)  # [B, P, H]
+    last = [row[len(prompt) - 1] for row, prompt in zip(hidden, prompts, strict=True)]
+    return Prefill(past, torch.stack(last))

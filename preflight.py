@@ -3,10 +3,9 @@
     python preflight.py --model DIR --data pairs.jsonl
     python preflight.py --model DIR --data pairs.jsonl --traces 16 --clip-null --draw race.svg
 
-Often a trace at first costs the easy tokens of an answer more than it gains on the hard ones, and
-many rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file
-plays that race between loss and repair. Sampled traces and the empty one are scored once, and are
-of three kinds:
+At first a trace often costs an answer's easy tokens more than it gains on the hard ones, and many
+rewards remove thinking; while traces are sampled, the answer term repairs the cost. This file plays
+that race. Sampled traces and the empty one are scored once, and are of three kinds:
 
     empty
     helpful    raises the uncertain answer tokens by more than HELPS nats together; uncertain are
@@ -28,14 +27,14 @@ all = the three. Then, along the policy's gradient in a and b,
     s    += REPAIR p (1 - s)
 
 As in training, Adam's step is no smaller where the gradient is. s stands for what the answer term
-does, and stays 0 with --answer-weight none. A reward keeps thinking where p q exceeds THINKS within
---steps, and returns where fewer than VANISHED of the traces thought before. It is lost where fewer
-do at the end, and undecided where more do: take more --steps. No ground truth is used. The rates
-are the embedded task's at train.py's --lr, and proportional to it: give that of your run.
+does: 0 with --answer-weight none. A reward keeps thinking where p q exceeds THINKS within --steps;
+it returns where fewer than VANISHED of the traces thought before. It is lost where fewer do at the
+end, and undecided where more do: take more --steps. No ground truth is used. The rates are the
+embedded task's at train.py's --lr, and proportional to it: give that of your run.
 examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
 by bit and get better at helping; an answer that is trained after idle traces gains less and less
 from helpful ones (a long --answers-first does harm); warm-up. --answer-weight exact counts as
-fixed, and either --null as frozen.
+fixed, --null policy as frozen.
 """
 
 import math
@@ -199,11 +198,11 @@ def main() -> None:
         own = replace(args, aggregator=name)
         try:
             check_args(own)
+            histories[name] = race(groups, own, given.race_seed)
+            text = fate(histories[name])
         except InputError as error:
-            print(f"{name:26} {error}")
-            continue
-        histories[name] = race(groups, own, given.race_seed)
-        print(f"{name:26} {fate(histories[name])}", flush=True)
+            text = error
+        print(f"{name:26} {text}", flush=True)
     if given.draw:
         with refusing(given.draw):
             given.draw.write_text(draw(histories, args.steps))

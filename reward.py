@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data import Trace
 from kernels.logprob import linear_logprob
@@ -70,8 +71,8 @@ def score(
     if null:
         branches.append(Branch(context=(), actions=(), finished=False))
     rows = sorted(branches, key=lambda branch: -len(branch.context))  # of the forward
-    fed = [[*branch.context, marker, *answer[:-1]] for branch in rows]
-    tokens = pad(fed, max(len(ids) for ids in fed), device)  # [B, L]
+    fed = [torch.tensor([*branch.context, marker, *answer[:-1]]) for branch in rows]
+    tokens = pad_sequence(fed, batch_first=True).to(device)  # [B, L]
     first = prompt.hidden.expand(len(rows), 1, -1)  # predicts every branch's first token
     hidden = torch.cat([first, model(tokens, prompt.past)], dim=1)  # [B, L+1, H]
     # hidden[b, j] predicts the token that follows the first j tokens of branch b.
@@ -79,14 +80,14 @@ def score(
 
     # Policy tokens: all actions of all branches (N in total), then the B markers.
     width = max([1, *(len(branch.actions) for branch in rows)])  # Z
-    actions = pad([branch.actions for branch in rows], width, device)  # [B, Z]
     count = torch.tensor([len(branch.actions) for branch in rows], device=device)  # [B]
     sampled = torch.arange(width, device=device) < count[:, None]  # [B, Z]
     action_row, action_at = sampled.nonzero().T  # [N]
     row = torch.arange(len(rows), device=device)  # [B]
     marker_at = torch.tensor([len(branch.context) for branch in rows], device=device)  # [B]
     policy_hidden = hidden[torch.cat([action_row, row]), torch.cat([action_at, marker_at])]
-    policy_tokens = torch.cat([actions[action_row, action_at], torch.full_like(row, marker)])
+    policy_tokens = [token for branch in rows for token in branch.actions] + [marker] * len(rows)
+    policy_tokens = torch.tensor(policy_tokens, device=device)  # [N + B]
     result = linear_logprob(policy_hidden, head, policy_tokens, temperature, entropy)
     policy_logp, entropies = result if entropy else (result, None)  # [N + B] each
     trace_logp, marker_logp = policy_logp.split([len(action_row), len(rows)])
@@ -146,11 +147,6 @@ def make_branch(trace: Trace | Sequence[int], marker: int) -> Branch:
     return Branch(ids, ids + cut, finished=False)
 
 
-def pad(rows: Sequence[Sequence[int]], width: int, device: torch.device) -> Tensor:
-    """Token ids padded on the right with 0, [len(rows), width]."""
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-
-
 # ---- the backward passes of a prompt whose branches run in micro-batches
 def micro_batches(traces: Sequence[Trace], size: int) -> list[list[int]]:
     """Indices of the traces: in batches of `size`, the longest first; or all in one batch.
@@ -181,12 +177,9 @@ def prompt_leaves(prompt: Prefill) -> Prefill:
 
 def prompt_backward(prompt: Prefill, leaves: Prefill) -> None:
     """One backward through the prompt, from the gradients its leaves have collected."""
-    tensors, gradients = [], []
-    for tensor, leaf in zip(prompt_tensors(prompt), prompt_tensors(leaves), strict=True):
-        if leaf.grad is not None:
-            tensors.append(tensor)
-            gradients.append(leaf.grad)
-    torch.autograd.backward(tensors, gradients)
+    pairs = zip(prompt_tensors(prompt), prompt_tensors(leaves), strict=True)
+    collected = {tensor: leaf.grad for tensor, leaf in pairs if leaf.grad is not None}
+    torch.autograd.backward(list(collected), list(collected.values()))
 
 
 def prompt_tensors(prompt: Prefill) -> list[Tensor]:
@@ -209,13 +202,13 @@ def log_ratio(scores: Scores, traces: Sequence[Trace]) -> Tensor:
     return scores.trace_logp.detach() - recorded.to(scores.trace_logp.device)
 
 
-def truncated_ratio(difference: Tensor, advantage: Tensor) -> Tensor:
+def truncated_ratio(scores: Scores, traces: Sequence[Trace], advantage: Tensor) -> Tensor:
     """rho [K, Z]: pi / pi_sampler per token, clamped to RATIO_RANGE, a constant (as in CISPO).
 
-    difference [K, Z]: log_ratio of the same traces. A token whose ratio has left the range in the
-    direction its advantage [K] pushes gets 0 (as in PPO).
+    A token whose ratio has left the range in the direction its advantage [K] pushes gets 0 (as in
+    PPO).
     """
     low, high = RATIO_RANGE
-    ratio = difference.exp()
+    ratio = log_ratio(scores, traces).exp()
     gone = torch.where(advantage[:, None] > 0, ratio > high, ratio < low)
     return ratio.clamp(low, high).masked_fill(gone, 0.0)

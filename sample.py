@@ -13,8 +13,8 @@ decision to answer) or another special token, or until max_new_tokens are drawn.
 How it differs from the usual generate():
 1. Rows of different length decode together; they begin and end independently of each other.
 2. A trace's random numbers are a function of its question's seed and its index among the K, so its
-    tokens do not depend on what else is in the batch (but for rounding: a matrix product of another
-    number of rows may sum in another order).
+    tokens do not depend on what else is in the batch (but for rounding: sums of another number of
+    rows may have another order).
 3. What was sampled is what is recorded: token ids and their log-probs, never text.
 
     python sample.py --model DIR --question "..."        prints a trace and the answer after it
@@ -22,20 +22,20 @@ How it differs from the usual generate():
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data import Example, Trace, stream_seed
+from kernels.logprob import logits
 from model import Config, Transformer, flash_takes, prefill
 from support.args import Args, model_flags, open_model
 from support.distributed import Progress
-from support.errors import InputError, exit_on_bad_input, printable, refusing, require
+from support.errors import exit_on_bad_input, printable, refusing, require
 from support.tokenizer import Tokenizer
 
 # Most tokens of one prefill, padding included: bounds its memory. A longer prompt goes alone.
@@ -47,11 +47,13 @@ MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # issued, so it is rare there, and ended rows decode up to 15 tokens in vain.
 FINISH_EVERY = {"cuda": 16, "cpu": 1}
 
+Prompts = Sequence[Sequence[int]]  # token ids
+
 
 @torch.no_grad()
 def sample_traces(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     k: int,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -71,33 +73,30 @@ def sample_traces(
         prompts were as long as the longest. It changes speed and memory, not the traces.
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
-    in_range = k >= 1 and max_new_tokens >= 1 and temperature >= 0 and rows >= 0
-    if not in_range or not prompts or not all(prompts):
-        raise InputError(
-            "sample_traces needs prompts of at least one token, k >= 1, max_new_tokens >= 1, "
-            "temperature >= 0 and rows >= 0"
-        )
+    usable = len(prompts) > 0 and all(prompts) and min(k, max_new_tokens) >= 1
+    text = "prompts of at least one token, k, max_new_tokens >= 1, temperature, rows >= 0"
+    require(usable and min(temperature, rows) >= 0, f"sample_traces needs {text}")
     if isinstance(seed, int):
         seed = [stream_seed(seed, i) for i in range(len(prompts))]
     stop, cut = frozenset(stop_ids), frozenset(cut_ids)
     weight = model.lm_head.weight  # [V, H]
-    ends_trace = torch.zeros(len(weight), dtype=torch.bool)  # [V]
-    # A tokenizer may know special tokens that the model does not: those are never sampled.
-    ends_trace[[token for token in stop | cut if token < len(weight)]] = True
-    ends_trace = ends_trace.to(weight.device)
+    ends = [token in stop or token in cut for token in range(len(weight))]
+    ends_trace = torch.tensor(ends, device=weight.device)  # [V]
 
     total = len(prompts) * k
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens  # positions of a row
     rows = min(total, rows or rows_that_fit(model.config, capacity, weight))
     batch = DecodeBatch(model.config, rows, capacity, max_new_tokens, like=weight)
     starts = trace_starts(model, prompts, k, seed, max_new_tokens)
-    to_logits = make_logits(weight)
+    # Logits are fp32, as in scoring: rounding to bf16 would move the recorded log-probs, and the
+    # importance ratio. A CPU has no such product of bf16: converted once, not for every token.
+    head = weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     shown = Progress("sampling", total, "traces")
     traces: dict[int, Trace] = {}  # by number: those of the first prompt are 0 .. k - 1
     batch.admit(starts)
     for step in count(1):
-        token = batch.draw(to_logits, temperature, ends_trace)
+        token = batch.draw(head, temperature, ends_trace)
         if step % FINISH_EVERY[weight.device.type] == 0:
             traces |= batch.finish(stop, cut)
             shown.update(len(traces))
@@ -143,11 +142,7 @@ class Start:
 
 
 def trace_starts(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    k: int,
-    seeds: Sequence[int],
-    max_new_tokens: int,
+    model: Transformer, prompts: Prompts, k: int, seeds: Sequence[int], max_new_tokens: int
 ) -> Iterator[Start]:
     """The starts of k traces per prompt, in order.
 
@@ -234,11 +229,11 @@ class DecodeBatch:
             self.number[row] = start.number
             self.length_bound[row] = length
 
-    def draw(self, to_logits: Callable, temperature: float, ends_trace: Tensor) -> Tensor:
+    def draw(self, head: Tensor, temperature: float, ends_trace: Tensor) -> Tensor:
         """Every row draws a token and records it -> token [rows]. ends_trace: [V] bool."""
         max_new = self.ids.shape[1] - 1
         uniform = self.uniforms[self.row, self.drawn]
-        token, logp = draw(to_logits(self.hidden), temperature, uniform)
+        token, logp = draw(logits(self.hidden, head), temperature, uniform)
         self.ids[self.row, self.drawn] = token
         self.logp[self.row, self.drawn] = logp.to(self.logp.dtype)
         self.drawn += self.live
@@ -329,19 +324,6 @@ def cut_trace(ids: list[int], logp: list[float], stop: frozenset, cut: frozenset
 
 
 # ---- one token
-def make_logits(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The head's weight [V, H] -> the function from hidden [rows, H] to logits [rows, V].
-
-    Logits are fp32 (fp64 for an fp64 model), as in scoring. Rounded to bf16, they would move every
-    recorded log-prob, and with it the importance ratio.
-    """
-    if weight.is_cuda and weight.element_size() == 2:
-        return lambda hidden: torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    # A CPU has no such product: converted once, not for every token.
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return lambda hidden: F.linear(hidden.to(wide.dtype), wide)
-
-
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse-CDF sampling: the token whose interval of the cumulative probabilities holds uniform.
 
@@ -376,23 +358,16 @@ def sample_groups(
         return [[Trace([], [], finished=False)] for _ in questions]
     prompts = [question.prompt for question in questions]
     seeds = [stream_seed(args.seed, step, question.index) for question in questions]
-    limits = (args.traces, args.max_trace, args.temperature)
-    return sample_to_marker(model, tokenizer, prompts, *limits, seeds, args.decode_rows)
+    how = {"temperature": args.temperature, "seed": seeds, "rows": args.decode_rows}
+    return sample_to_marker(model, tokenizer, prompts, args.traces, args.max_trace, **how)
 
 
 def sample_to_marker(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    k: int,
-    max_trace: int,
-    temperature: float = 1.0,
-    seed: int | Sequence[int] = 0,
-    rows: int = 0,
+    model: Transformer, tokenizer: Tokenizer, prompts: Prompts, *given: object, **flags: object
 ) -> list[list[Trace]]:
-    """k traces per prompt: the marker ends a trace, other special tokens cut it."""
-    stop, cut = [tokenizer.marker_id], tokenizer.cut_ids
-    return sample_traces(model, prompts, k, max_trace, temperature, stop, seed, cut, rows)
+    """As sample_traces, where the marker ends a trace and other special tokens cut it."""
+    ends = {"stop_ids": [tokenizer.marker_id], "cut_ids": tokenizer.cut_ids}
+    return sample_traces(model, prompts, *given, **ends, **flags)
 
 
 def trace_ids(trace: Trace, marker: int) -> list[int]:
@@ -414,13 +389,11 @@ def think_and_answer(
     positions = model.config.max_position_embeddings
     left = positions - len(prompt) - 1 - answer_len  # 1 for the marker
     require(left > 0, f"--question: its prompt of {len(prompt)} tokens fills the model's positions")
-    temperature, seed = args.temperature, args.seed
-    limit = min(args.max_trace, left)
-    [[trace]] = sample_to_marker(model, tokenizer, [prompt], 1, limit, temperature, seed)
+    how = {"temperature": args.temperature, "seed": args.seed}
+    [[trace]] = sample_to_marker(model, tokenizer, [prompt], 1, min(args.max_trace, left), **how)
     context = [*prompt, *trace_ids(trace, tokenizer.marker_id)]
     limit = min(args.max_answer, positions - len(context))
-    stop = tokenizer.eos_ids
-    [[answer]] = sample_traces(model, [context], 1, limit, temperature, stop, seed)
+    [[answer]] = sample_traces(model, [context], 1, limit, stop_ids=tokenizer.eos_ids, **how)
     forced = "" if trace.finished else " [cut: the marker was forced]"
     print(printable(f"trace   {tokenizer.decode(trace.ids, special=True)}{forced}"))
     print(printable(f"answer  {tokenizer.decode(answer.ids)}"))

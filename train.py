@@ -57,19 +57,11 @@ from aggregate import credit, moving_average
 from data import Example, Pairs, Trace, first_examples, fits, next_examples, stream_seed
 from evaluate import held_out_figures
 from model import Transformer, prefill
-from reward import (
-    Scores,
-    log_ratio,
-    micro_batches,
-    prompt_backward,
-    prompt_leaves,
-    score,
-    truncated_ratio,
-)
+from reward import Scores, micro_batches, prompt_backward, prompt_leaves, score, truncated_ratio
 from sample import sample_groups
 from support import distributed
 from support.args import Args, check_args, hops_defaults, parse_args
-from support.errors import command, exit_on_bad_input
+from support.errors import command, exit_on_bad_input, require
 from support.metrics import Outcome, now, question_figures, step_figures, time_figures
 from support.run import Run
 from support.tokenizer import Tokenizer
@@ -134,7 +126,7 @@ def loss_terms(
     """
     rho = torch.ones_like(scores.trace_logp)  # [k, Z]
     if args.updates > 1:
-        rho = truncated_ratio(log_ratio(scores, traces), advantage)
+        rho = truncated_ratio(scores, traces, advantage)
     questions = args.questions // args.updates  # B
     divisor = questions * LENGTH_SCALE * max(1, args.traces)
     forced = (~scores.finished).to(scores.marker_logp.dtype)  # [k]
@@ -249,23 +241,19 @@ def train(args: Args) -> None:
         initial = load_with_marker(args.model, tokenizer, dtype, args.device)
         initial = distributed.shard(initial, dtype)
     optimizer = make_optimizer(model, args)
-    if run.checkpoint:
-        run.restore(model, optimizer, tokenizer, pairs)
+    run.restore(model, optimizer, tokenizer, pairs)
     if run.is_finished():
         return distributed.stop()
     if args.device == "cpu" and parameters < SMALL_MODEL:
         torch.set_num_threads(1)
-    row_fits = partial(
-        fits,
-        positions=model.config.max_position_embeddings,
-        max_trace=args.max_trace,
-        max_prompt=args.max_prompt,
-        max_answer=args.max_answer,
-    )
+    limits = dict(max_trace=args.max_trace, max_prompt=args.max_prompt, max_answer=args.max_answer)
+    row_fits = partial(fits, positions=model.config.max_position_embeddings, **limits)
     next_examples(pairs, run.position, 1, args.seed, row_fits)  # refuses data without a fitting row
     held_out = []
     if args.eval_data:
         held_out = first_examples(held_out_pairs, args.eval_questions, row_fits)
+        few = f"--eval-questions {args.eval_questions}: {len(held_out)} fit, fewer than ranks"
+        require(len(held_out) >= distributed.world_size(), few)
 
     # The input is read and usable: files are written only from here on.
     log = run.open()
@@ -289,9 +277,9 @@ def train(args: Args) -> None:
         if held_out and (run.step % args.eval_every == 0 or run.step == args.steps):
             record |= evaluate(run.step)
         log.write(record)
-        run.after_step(norms, model, optimizer, tokenizer, pairs)
+        run.after_step(norms)
 
-    final = run.finish(model, tokenizer)
+    final = run.finish()
     log.print(f"wrote {final}, a Hugging Face directory; try:")
     log.print(command("sample.py", "--model", str(final), "--question", "..."))
     log.track("finish")

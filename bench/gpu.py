@@ -37,26 +37,14 @@ TOTAL = 540  # seconds
 # Name, limit in seconds, lines in the table, arguments of python: one command, or several in turn.
 Section = tuple[str, int, int, list[str]]
 TRAIN = "train.py --device {device} {few}"
+RESUMED = [TRAIN + " --dtype bfloat16 --steps 3 --out {work}/r"]
+RESUMED += ["train.py --resume --out {work}/r --steps 4"]
+MODELS = ["bench/make_model.py --shape {1b} --out {work}/1b"]
+MODELS += ["bench/make_model.py --shape {135m} --out {work}/135m"]
 CHECKS: list[Section] = [
     ("tests", 150, 4, ["{pytest} tests/test_device.py tests/test_sample.py tests/test_logprob.py"]),
-    (
-        "train, resume",
-        100,
-        4,
-        [
-            TRAIN + " --dtype bfloat16 --steps 3 --out {work}/r",
-            "train.py --resume --out {work}/r --steps 4",
-        ],
-    ),
-    (
-        "models",
-        60,
-        2,
-        [
-            "bench/make_model.py --shape {1b} --out {work}/1b",
-            "bench/make_model.py --shape {135m} --out {work}/135m",
-        ],
-    ),
+    ("train, resume", 100, 4, RESUMED),
+    ("models", 60, 2, MODELS),
 ]
 TIMINGS: list[Section] = [
     ("step 1B", 80, 6, ["bench/step.py --json --model {work}/1b --peer {peer} {step}"]),
@@ -68,6 +56,7 @@ TIMINGS: list[Section] = [
     ("head 1B", 60, 30, ["bench/logprob.py --json {head_1b}"]),
 ]
 HEAD_ON_CPU = "--shape 8 64 512 --rounds 1"
+ROWS_ON_CPU = "--rows 1 2 --new 4 --rounds 1 --dtype float32"
 STEP_ON_CPU = "--questions 1 --traces 2 --prompt 8 --new 4 --answer 4 --rounds 1"
 # The words in a command: on a GPU, in a dry run.
 WORDS = {
@@ -78,10 +67,7 @@ WORDS = {
     "1b": ("llama-3.2-1b", "tiny"),
     "8b": ("llama-3.1-8b", "tiny"),
     "135m": ("smollm2-135m", "tiny"),
-    "rows": (
-        "--rows 64 256 --new 256 --rounds 2",
-        "--rows 1 2 --new 4 --rounds 1 --dtype float32",
-    ),
+    "rows": ("--rows 64 256 --new 256 --rounds 2", ROWS_ON_CPU),
     "head": ("--shape 16384 4096 128256 --rounds 5", HEAD_ON_CPU),
     "head_1b": ("--shape 16384 2048 128256 --rounds 5", HEAD_ON_CPU),
     "step": ("--prompt 512 --new 128 --rounds 2", STEP_ON_CPU),

@@ -16,12 +16,10 @@ Inputs are random, because a GPU multiplies zeros faster. A contender that fails
 its row.
 """
 
-import argparse
 import functools
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,11 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from bench.machine import circumstances, conclude, table  # noqa: E402
-from kernels.logprob import linear_logprob  # noqa: E402
-from support.errors import OneLineParser, exit_on_bad_input  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.machine import circumstances, conclude, seconds, table
+from kernels.logprob import linear_logprob
+from support.errors import OneLineParser, exit_on_bad_input
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -105,15 +102,6 @@ class Problem:
         if mode == "total":
             logp.backward(self.g.to(logp.dtype))
         return logp.detach()
-
-
-def seconds(f: Callable, *arguments) -> float:
-    synchronize = torch.cuda.synchronize if CUDA else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    f(*arguments)
-    synchronize()
-    return time.perf_counter() - start
 
 
 def peak_mb(shape: Shape, f: Callable, mode: str) -> float | None:
@@ -204,7 +192,7 @@ def three_products(problem: Problem, rounds: int) -> float:
 COLUMNS = "n h v zero name mode ms tflops convention of_mm peak_mb logp_error".split()
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = OneLineParser(description=__doc__)
     shape_help = "rows, their size, vocabulary: this shape; may be repeated"
     parser.add_argument(
@@ -215,11 +203,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 5, help=rounds_help)
     parser.add_argument("--json", action="store_true", help="JSON as the last line")
     parser.add_argument("--save", action="store_true", help="write it to bench/results/")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse(sys.argv[1:])
+    args = parser.parse_args()
     result = circumstances(DEVICE, "triton")
     rows = []
     for shape in args.shape or SHAPES:

@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from support.errors import OneLineParser
+from support.metrics import now
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "examples/hops/base"
@@ -45,6 +47,12 @@ def count(text: str) -> int:
 def random_ids(number: int, vocab: int, generator: torch.Generator) -> list[int]:
     """Token ids from 1 to vocab - 1."""
     return torch.randint(1, vocab, (number,), generator=generator).tolist()
+
+
+def seconds(run: Callable, *arguments: object) -> float:
+    began = now()
+    run(*arguments)
+    return now() - began
 
 
 # ---- a result

@@ -1,7 +1,6 @@
 """A model of a known shape with random weights: speed and memory depend on nothing else.
 
     python bench/make_model.py --shape llama-3.2-1b --out DIR
-    python bench/make_model.py --shape llama-3.1-8b --layers 4 --out DIR    fewer layers
 
 DIR is a Hugging Face directory that train.py, bench/sample.py and bench/step.py open. Its tokenizer
 is that of the embedded task, 83 words: the embedding keeps all rows of the shape. The weights are
@@ -23,63 +22,26 @@ from support.weights import assign, empty_model, save_model
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "nrt.json")
 EOS = 1  # of that tokenizer
 STD = 0.02  # of every matrix, as before pretraining: logits of a deviation near 1
-
-ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROPE |= {"original_max_position_embeddings": 8192}
-LLAMA = {
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-}
+# The first fields of Config: vocabulary, hidden size, that of the MLP, layers, heads, KV heads.
 SHAPES = {
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "rope_scaling": ROPE | {"factor": 32.0},
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "rope_scaling": ROPE | {"factor": 8.0},
-    },
-    "tiny": {  # to try a command
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3),
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8),
+    "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8),
+    "tiny": (512, 64, 96, 2, 4, 2),  # to try a command
 }
+TIED = ("smollm2-135m", "llama-3.2-1b")
+
+
+def config_of(shape: str) -> Config:
+    rest = {"max_position_embeddings": 8192, "eos_token_id": EOS}
+    return Config(*SHAPES[shape], tie_word_embeddings=shape in TIED, **rest)
 
 
 def random_model(
-    shape: str, layers: int = 0, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+    shape: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> Transformer:
-    """layers: 0 = those of the shape. The same weights every time, on the same device."""
-    config = Config(**SHAPES[shape], eos_token_id=EOS)
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    model = empty_model(config)
+    """The same weights every time, on the same device."""
+    model = empty_model(config_of(shape))
     generator = torch.Generator(device).manual_seed(0)
     state = {}
     for name, parameter in model.named_parameters():
@@ -92,10 +54,9 @@ def random_model(
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
-    parser.add_argument("--layers", type=machine.count, default=0, help="default: the shape's")
     parser.add_argument("--out", type=Path, required=True, help="the directory")
     flags = parser.parse_args()
-    model = random_model(flags.shape, flags.layers, device=machine.default_device())
+    model = random_model(flags.shape, device=machine.default_device())
     save_model(model, flags.out)
     for file in TOKENIZER_FILES:
         shutil.copyfile(machine.BASE / file, flags.out / file)

@@ -37,23 +37,16 @@ from bench import machine
 from bench.make_model import SHAPES, random_model
 from model import Transformer
 from support.errors import exit_on_bad_input, require
-from support.metrics import now
 from support.weights import load_model
 
 COLUMNS = ["rows", "tokens_per_s", "step_ms", "prompt_s", "bandwidth_share", "matmul_share"]
 
 
 # ---- the machine's limits
-def seconds(run: Callable, *arguments: object) -> float:
-    start = now()
-    run(*arguments)
-    return now() - start
-
-
 def fastest(run: Callable, *arguments: object) -> float:
     """Seconds of the fastest run: a limit is what the machine can do when it is not interrupted."""
-    seconds(run, *arguments)  # warm-up
-    return min(seconds(run, *arguments) for _ in range(10))
+    machine.seconds(run, *arguments)  # warm-up
+    return min(machine.seconds(run, *arguments) for _ in range(10))
 
 
 def bandwidth(device: str) -> float:
@@ -97,7 +90,7 @@ def measure(model: Transformer, flags: argparse.Namespace) -> tuple[dict, list[d
         for rows, both in times.items():  # in turns
             for new, taken in zip((1, flags.new), both, strict=True):
                 run = partial(sample.sample_traces, rows=rows)
-                taken.append(seconds(run, model, [prompt], rows, new))
+                taken.append(machine.seconds(run, model, [prompt], rows, new))
     results = []
     for rows, taken in times.items():
         prompt_s, whole_s = [statistics.median(values[1:]) for values in taken]  # no warm-up
@@ -119,19 +112,14 @@ def measure(model: Transformer, flags: argparse.Namespace) -> tuple[dict, list[d
 
 
 # ---- the command
-def parse(argv: list[str]) -> argparse.Namespace:
+def main() -> None:
     parser = machine.make_parser(__doc__)
     add = parser.add_argument
     add("--rows", type=machine.count, nargs="+", default=[1, 8, 64, 256], help="R (1 8 64 256)")
     add("--prompt", type=machine.count, default=96, help="P, tokens of the prompt (96)")
     add("--new", type=machine.count, default=64, help="n, tokens drawn per row, 2 or more (64)")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args()
     require(flags.new > 1, "--new 1: the first token is drawn from the prefill, without a step")
-    return flags
-
-
-def main() -> None:
-    flags = parse(sys.argv[1:])
     dtype = getattr(torch, flags.dtype)
     result = machine.circumstances(flags.device)
     result["model"] = Path(flags.model).resolve().name  # no path of the machine

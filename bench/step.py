@@ -303,14 +303,12 @@ def main() -> None:
         except RuntimeError as error:  # out of memory: the others go on
             figures[name] = {"note": " ".join(str(error).split())[:100]}
 
-    ours = figures["ours"]
     rows = [{"": name} | row for name, row in figures.items()]
-    ratios = {}
+    ours, ratios = figures.pop("ours"), {}
     for name, row in figures.items():
-        if name != "ours" and "note" not in ours | row:
+        if "note" not in ours | row:
             ratios[name] = {key: row[key] / ours[key] for key in RATIOS}
             rows.append({"": f"{name} / ours"} | ratios[name])
-    del figures["ours"]
     result |= ours | figures | {"ratios": ratios}  # ours stands at the top level
     lengths = f"prompt {flags.prompt}, trace {flags.new}, answer {flags.answer}"
     shape = f"{flags.questions} questions x {flags.traces}, {lengths}"

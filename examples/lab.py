@@ -16,7 +16,7 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid published  methods with all choices of their authors; and
     python examples/lab.py --grid published-long  over 300 steps
     python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
-    python examples/lab.py --grid fresh-long  those where it says "not within 60", for 300 steps
+    python examples/lab.py --grid fresh-long  those it does not see thinking within 60, for 300
     python examples/lab.py --grid untried    flags that it says help, beside runs without them
     python examples/lab.py --grid map --report --out examples/hops
                                              table and figure of the CSV file there, no new runs
@@ -27,6 +27,7 @@ tokens are scored by themselves.
 """
 
 import csv
+import io
 import json
 import os
 import random
@@ -57,7 +58,7 @@ from examples.sums.make import SUMS  # noqa: E402
 from model import Transformer  # noqa: E402
 from sample import sample_to_marker, trace_ids  # noqa: E402
 from support.args import Args  # noqa: E402
-from support.errors import OneLineParser, exit_on_bad_input, read_json  # noqa: E402
+from support.errors import OneLineParser, exit_on_bad_input, read_json, write_text  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
 from support.weights import load_model  # noqa: E402
 
@@ -398,15 +399,12 @@ def read_examples(file: Path, count: int) -> list[Example]:
 
 
 def write_csv(file: Path, rows: list[dict]) -> None:
-    """Under its own name the file is complete at every moment."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w", newline="") as out:
-        writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        for row in rows:
-            rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(rounded)
-    temporary.replace(file)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_text(file, text.getvalue())
 
 
 def read_csv(file: Path) -> list[dict]:

@@ -59,25 +59,18 @@ class Args:
     )
     max_prompt: int = arg(4096, "tokens; longer prompts are skipped and counted", least=1)
     max_answer: int = arg(
-        2047,
-        "tokens; longer answers are skipped and counted (paper: trace + answer <= 4096)",
-        least=1,
+        2047, "tokens; longer answers are skipped too (paper: trace + answer <= 4096)", least=1
     )
 
     # method
-    steps: int = arg(
-        30, "batches of questions; the embedded task takes about 10 (paper: 810)", least=1
-    )
+    steps: int = arg(30, "batches of questions; the embedded task takes 10 (paper: 810)", least=1)
     questions: int = arg(16, "questions per step (paper: 256)", least=1)
     traces: int = arg(
-        8,
-        "K, traces per question, as in the paper; 0 = plain SFT: the answer's cross-entropy "
-        "after the empty trace",
+        8, "K, traces per question, the paper's; 0 = plain SFT, the answer after the empty trace"
     )
     aggregator: str = arg(
-        "weighted_sum_log_prob",
-        f"f, the reward of a trace: {', '.join(AGGREGATORS)}, or FILE.py:FUNCTION; "
-        "the default is the paper's best",
+        "weighted_sum_log_prob",  # the paper's best
+        f"f, the reward of a trace: {', '.join(AGGREGATORS)}, or FILE.py:FUNCTION",
     )
     answer_weight: str = arg(
         "fixed",
@@ -86,9 +79,7 @@ class Args:
         ["fixed", "exact", "none"],
     )
     null: str = arg(
-        "policy",
-        "parameters of the null think behind null_logp: the current or the initial ones",
-        ["policy", "frozen"],
+        "policy", "parameters of the null think: current or initial ones", ["policy", "frozen"]
     )
     clip_null: bool = arg(False, "reward = max(f - f of the null think, 0)")
     center: str = arg("mean", "baseline of the advantage: group mean or none", ["mean", "none"])
@@ -103,14 +94,10 @@ class Args:
         "advantage 0; its answer is trained (RLPR: 0.5)",
     )
     answers_first: int = arg(0, "first steps, in which the answer is trained but no trace")
-    marker_weight: float = arg(
-        0.3, "lambda, weight of the cross-entropy on a forced marker, as in the paper"
-    )
+    marker_weight: float = arg(0.3, "lambda, of the cross-entropy on a forced marker, the paper's")
     max_trace: int = arg(48, "tokens of a trace before the marker is forced (paper: 2048)", least=1)
     temperature: float = arg(
-        1.0,
-        "of the distribution that traces are sampled from, and scored under",
-        least=1e-6,
+        1.0, "of sampled traces, and where they are scored; answers: 1", least=1e-6
     )
     updates: int = arg(
         1,
@@ -122,9 +109,7 @@ class Args:
     # optimisation
     lr: float = arg(2e-4, "peak learning rate, for a 0.8M model (paper: 2e-6 for 3B to 8B)")
     warmup: float = arg(
-        0.1,
-        "share of the steps in which the learning rate rises to its peak; as a number of steps it "
-        "is fixed when the run begins",
+        0.1, "share of the steps in which the learning rate rises; more --steps do not stretch it"
     )
     weight_decay: float = arg(0.01, "of AdamW, the paper's value")
     grad_clip: float = arg(1.0, "largest gradient norm of an update", least=1e-30)
@@ -132,9 +117,7 @@ class Args:
 
     # memory and device
     dtype: str = arg(
-        "float32",
-        "of the computation and of final/; parameters, gradients and optimizer stay fp32",
-        ["float32", "bfloat16"],
+        "float32", "of computation and final/; parameters stay fp32", ["float32", "bfloat16"]
     )
     device: str = arg(
         "auto",
@@ -144,23 +127,14 @@ class Args:
     micro_traces: int = arg(
         0, "traces per backward, 0 = all; fewer = less memory, one more forward, same gradient"
     )
-    recompute: bool = arg(
-        False, "keep each layer's inputs alone, and recompute the rest in the backward pass"
-    )
+    recompute: bool = arg(False, "keep each layer's inputs, recompute the rest in the backward")
     decode_rows: int = arg(
-        0,
-        "traces sampled at a time, 0 = as many as 0.85 of a GPU's free memory holds (half of a "
-        "CPU's); no trace depends on it",
+        0, "traces sampled at a time, 0 = as many as fit in memory; no trace depends on it"
     )
 
     # run
-    out: str = arg(
-        "runs/hops",
-        "folder of this run: args.json, log.jsonl, samples.jsonl, checkpoint-*/, final/",
-    )
-    resume: bool = arg(
-        False, "continue from the newest checkpoint in --out, bit-identically on a CPU, if any"
-    )
+    out: str = arg("runs/hops", "folder of this run: log, samples, checkpoints, final/")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out, if there is one")
     overwrite: bool = arg(False, "replace the run in --out")
     eval_every: int = arg(
         5, "steps between evaluations; also before the first and after the last step", least=1

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Removes a line of progress (support/distributed.py); empty where stderr is no terminal.
 ERASE = "\r\x1b[K" if sys.stderr.isatty() else ""
+OTHER_RANK = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0"  # of torchrun
 LINE = 1000  # characters of an error; what it quotes may have any length
 
 
@@ -32,16 +34,13 @@ class InputError(ValueError):
 class TrainingError(RuntimeError):
     """The run cannot go on, though its input was fine (the loss stays NaN, say). One line."""
 
-    # Every rank of torchrun raises it, the first one says it.
-    said = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0"
+    said = OTHER_RANK  # every rank raises it
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended the run. One line that says how to go on, and the signal."""
+    """Ctrl-C or SIGTERM ended the run. One line that says how to go on."""
 
-    def __init__(self, text: str, number: int) -> None:
-        super().__init__(text)
-        self.number = number
+    number = signal.SIGINT
 
 
 def require(condition: bool, message: str) -> None:
@@ -88,6 +87,8 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
 
 def print_line(error: object, code: int, begin: str = "error: ") -> int:
     if not getattr(error, "said", False):
+        if OTHER_RANK:
+            time.sleep(5)  # mostly rank 0 says the same, and torchrun then ends this one
         print(ERASE + begin + printable(" ".join(str(error).split()))[:LINE], file=sys.stderr)
     return code
 

@@ -3,9 +3,6 @@
 The keys of log.jsonl are stable; scripts rely on them. They are explained where they are made:
 `question_figures`, `step_figures`, `time_figures`, evaluate.py. Log-probs in nats, times in
 seconds. Means are over traces or questions of the step.
-
-A figure of your own is a number put into a question's figures (train.train_step): its mean is
-logged under its name.
 """
 
 import json

@@ -36,11 +36,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 
 from aggregate import AGGREGATORS
 from data import Pairs
@@ -72,12 +67,6 @@ TEMPORARY = re.compile(rf"({OURS.pattern})(\.old)?\.tmp", re.ASCII)  # what a ki
 
 class Run:
     """A run in its folder. Every rank has one; rank 0 writes what is not sharded.
-
-    run = Run(args)            refuses what --out cannot be used for; writes nothing
-    run.restore(...)           optimizer, step and position of `run.checkpoint`, if there is one
-    log = run.open()           from here on the folder is written to
-    run.after_step(...)        bad updates, signals, checkpoints
-    run.finish(...)            final/
 
     A process has one run at a time: a new one takes the lock of one whose train() raised.
     """
@@ -164,10 +153,14 @@ class Run:
         tokenizer: Tokenizer,
         pairs: Pairs,
     ) -> None:
-        """The optimizer's moments, step and position of the checkpoint `model` was read from.
+        """What is trained and saved from here on: as the checkpoint left it, if there is one.
 
-        InputError if rows or tokenizer are no longer those that the checkpoint was trained on.
+        `model` was read from it. InputError if rows or tokenizer are no longer those that it was
+        trained on.
         """
+        self.model, self.optimizer, self.tokenizer, self.pairs = model, optimizer, tokenizer, pairs
+        if self.checkpoint is None:
+            return
         same = tokenizer.same_as(Tokenizer(self.checkpoint))
         text = f"its tokenizer or marker is not that of {self.checkpoint}"
         require(same, f"{tokenizer.path}: {text}")
@@ -181,7 +174,7 @@ class Run:
             text = f"has changed since {self.checkpoint}: a position in it means other rows"
             require(same, f"{pairs.path}: {text}")
             state = moments(model, optimizer)
-            reader = HuggingFaceStorageReader(str(folder))
+            reader = dcp.HuggingFaceStorageReader(str(folder))
             stored = reader.read_metadata().state_dict_metadata
             for name, tensor in state.items():
                 pieces = {tuple(piece.offsets): piece.sizes for piece in stored[name].chunks}
@@ -241,14 +234,7 @@ class Run:
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def after_step(
-        self,
-        norms: list[float],
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Tokenizer,
-        pairs: Pairs,
-    ) -> None:
+    def after_step(self, norms: list[float]) -> None:
         """Counts bad updates, saves a checkpoint when it is due, stops if a signal asked for it.
 
         norms: the gradient norms of the step's updates. `step` and `position` are those after it.
@@ -263,26 +249,20 @@ class Run:
         stop = max(gather_objects(self.signal))  # of any rank
         due = self.step % self.args.save_every == 0 or self.step == self.args.steps
         if due or stop:
-            self.save_checkpoint(model, optimizer, tokenizer, pairs.digest)
+            self.save_checkpoint()
         if stop:
             self.restore_signals()
             flags = ["--resume", "--out", str(self.out)]
             if self.args.aggregator not in AGGREGATORS:  # code is never taken from args.json
                 flags += ["--aggregator", self.args.aggregator]
             pasted = command("train.py", *flags, launcher=launcher())
-            text = f"step {self.step} is saved; {pasted} continues after it"
-            stopped = Interrupted(text, stop)
-            stopped.said = rank() != 0
+            stopped = Interrupted(f"step {self.step} is saved; {pasted} continues after it")
+            stopped.number, stopped.said = stop, rank() != 0
             raise stopped
 
-    def save_checkpoint(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Tokenizer,
-        digest: str,
-    ) -> None:
+    def save_checkpoint(self) -> None:
         """Writes checkpoint-STEP/ and removes all but the newest KEEP."""
+        model, optimizer = self.model, self.optimizer
         # A NaN must not replace a good checkpoint.
         norm = whole(torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()]))
         if not norm.isfinite():
@@ -294,15 +274,16 @@ class Run:
         def write(folder: Path) -> None:
             save_model(model, folder, whole=whole, writes=rank() == 0)
             # save_distributed: every rank writes its own rows
-            writer = HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
+            where = str(folder / "optimizer")
+            writer = dcp.HuggingFaceStorageWriter(where, save_distributed=True)
             with plainly():
                 dcp.save(moments(model, optimizer), storage_writer=writer)
             if rank() == 0:
-                tokenizer.save(folder)
+                self.tokenizer.save(folder)
                 # There is no state where no update was finite yet.
                 updates = max((int(state["step"]) for state in optimizer.state.values()), default=0)
                 progress = {"step": self.step, "position": self.position, "updates": updates}
-                progress |= {"reward_std": self.reward_std, "data": digest}
+                progress |= {"reward_std": self.reward_std, "data": self.pairs.digest}
                 progress["warmup_steps"] = self.args.warmup_steps
                 write_json(folder / "progress.json", progress)
 
@@ -313,7 +294,7 @@ class Run:
         write_directory(self.out / f"checkpoint-{self.step:06}", write)
         on_first_rank(prune)
 
-    def finish(self, model: Transformer, tokenizer: Tokenizer) -> Path:
+    def finish(self) -> Path:
         """Writes final/, in the type of the computation, and unlocks the folder.
 
         In a smaller one a short run's updates would be rounded away. With bfloat16 they are, as in
@@ -322,9 +303,9 @@ class Run:
 
         def write(folder: Path) -> None:
             dtype = getattr(torch, self.args.dtype)
-            save_model(model, folder, dtype, whole=whole, writes=rank() == 0)
+            save_model(self.model, folder, dtype, whole=whole, writes=rank() == 0)
             if rank() == 0:
-                tokenizer.save(folder)
+                self.tokenizer.save(folder)
                 write_json(folder / "progress.json", {"step": self.step})
 
         self.restore_signals()
@@ -359,7 +340,7 @@ def plainly() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             yield
-        except CheckpointException as error:
+        except dcp.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None
 
 

@@ -120,14 +120,10 @@ def config_json(config: Config, dtype: torch.dtype) -> dict:
     if not source:
         family = "llama" if config.sliding_window is None else "mistral"
         family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else family
-        source = {
-            "architectures": [family.capitalize() + "ForCausalLM"],
-            "model_type": family,
-            "hidden_act": "silu",
-        }
-        for f in fields(Config):
-            if f.name not in ("source", "qkv_bias", "qk_norm"):
-                source[f.name] = getattr(config, f.name)
+        source = {"architectures": [family.capitalize() + "ForCausalLM"], "model_type": family}
+        source |= {"hidden_act": "silu"} | vars(config)
+        for name in ("source", "qkv_bias", "qk_norm"):
+            source.pop(name)
     dtype_key = "dtype" if "dtype" in source else "torch_dtype"
     changed = {"vocab_size": config.vocab_size, dtype_key: str(dtype).removeprefix("torch.")}
     if config.eos_token_id is not None:
@@ -145,33 +141,29 @@ def load_model(
     InputError names the tensor that is missing, misshapen or unknown, or the unreadable file.
     """
     model = empty_model(read_config(path))
-    parameters = {file_name(name): (name, list(p.shape)) for name, p in model.named_parameters()}
-    # A file may hold a tied head, too.
-    allowed = {HEAD: (HEAD, list(model.lm_head.weight.shape))} | parameters
+    tied = model.config.tie_word_embeddings  # a file may hold the head all the same
+    shapes = {file_name(name): list(t.shape) for name, t in model.state_dict().items()}
     found = {}
     for file in weight_files(Path(path)):
         with refusing(file), safe_open(file, framework="pt") as tensors:
-            for stored_name in tensors.keys():
-                if stored_name.endswith("rotary_emb.inv_freq"):  # of old Llama exports
+            for name in tensors.keys():
+                if name.endswith("rotary_emb.inv_freq"):  # of old Llama exports
                     continue
-                tensor = f"{file}: tensor {stored_name}"
-                known = stored_name in allowed
-                require(known, f"{tensor} is not a parameter of the model in config.json")
-                name, right = allowed[stored_name]
+                tensor, right = f"{file}: tensor {name}", shapes.get(name)
+                require(right, f"{tensor} is not a parameter of the model in config.json")
                 require(name not in found, f"{tensor} is in another file, too")
-                stored = tensors.get_slice(stored_name)
+                stored = tensors.get_slice(name)
                 shape, kind = stored.get_shape(), stored.get_dtype()
                 require(shape == right, f"{tensor} has shape {shape}, config.json says {right}")
                 require(kind in TYPES, f"{tensor} is {kind}, it should be of {', '.join(TYPES)}")
-                values = tensors.get_tensor(stored_name)
-                found[name] = values.to(device=device, dtype=dtype, copy=True)
-    for stored_name, (name, _) in parameters.items():
-        require(name in found, f"{path}: tensor {stored_name} is missing")
-    if model.config.tie_word_embeddings and HEAD in found:
-        same = torch.equal(found.pop(HEAD), found["embed_tokens.weight"])
+                found[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    for name in shapes:
+        require(name in found or (tied and name == HEAD), f"{path}: tensor {name} is missing")
+    if tied and HEAD in found:
+        same = torch.equal(found.pop(HEAD), found["model.embed_tokens.weight"])
         text = f"config.json says tie_word_embeddings, {HEAD} is not model.embed_tokens.weight"
         require(same, f"{path}: {text}")
-    return assign(model, found)
+    return assign(model, {name.removeprefix("model."): found[name] for name in found})
 
 
 def empty_model(config: Config) -> Transformer:

@@ -164,10 +164,22 @@ def test_a_reward_made_of_the_scores_alone_has_no_answer_weight(monkeypatch):
 
     monkeypatch.setitem(AGGREGATORS, "sure", sure)
     logp, null_logp, _, _ = given("ordinary", torch.float64)
-    trace_logp = torch.rand(len(logp), 4, requires_grad=True)
+    trace_logp = torch.rand(len(logp), 4, dtype=logp.dtype, requires_grad=True)
     reward, weight = aggregate("sure", logp, null_logp, (None, None, None, trace_logp.exp()))
     assert torch.equal(reward, trace_logp.exp().sum(dim=1).detach()) and not weight.any()
     assert not reward.requires_grad and trace_logp.grad is None
+
+
+@pytest.mark.parametrize("hits", [[1, 0, 0, 1], [True, False, False, True]], ids=str)
+def test_a_reward_of_whole_numbers_or_truth_values_has_the_advantages_of_its_number(
+    hits, monkeypatch
+):
+    """In its own type every advantage would be rounded."""
+    monkeypatch.setitem(AGGREGATORS, "hits", lambda logp, null_logp, example: torch.tensor(hits))
+    args = Args(aggregator="hits", answer_weight="none")
+    reward, advantage, _ = credit(torch.zeros(4, 3), torch.zeros(3), args, (None,))
+    assert reward.tolist() == [1, 0, 0, 1]
+    assert advantage.tolist() == pytest.approx([0.75**0.5 * (2 * hit - 1) for hit in hits])
 
 
 # ---- advantages

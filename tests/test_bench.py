@@ -12,7 +12,6 @@ import torch
 
 from bench import gpu, make_model, step
 from bench import sample as bench_sample
-from model import Config
 from support.weights import empty_model, file_name, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +111,7 @@ def test_a_model_of_a_shape_has_the_parameters_of_the_published_one():
         "llama-3.1-8b": 8_030_261_248,
     }
     for shape, count in published.items():
-        model = empty_model(Config(**make_model.SHAPES[shape]))
+        model = empty_model(make_model.config_of(shape))
         assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 

@@ -254,19 +254,23 @@ def test_a_restart_by_torchrun_is_refused_by_its_flag(monkeypatch):
         distributed.start("cpu", torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "says"),
-    [
-        # The folder is somebody else's: only the first rank looks, and all must end.
-        ("args.json", "{}", "args.json"),
-        # Every rank finds its gradient not finite.
-        ("mine.py", "def f(logp, null_logp):\n    return logp.sum(1) * float('nan')", "in a row"),
-    ],
-)
-def test_several_processes_end_with_one_line_between_them(file, text, says, tmp_path):
+# A file of tmp_path; its text; a flag; part of the line.
+ENDS = [
+    # The folder is somebody else's: only the first rank looks, and all must end.
+    ("args.json", "{}", "--seed=0", "args.json"),
+    # The others: every rank finds the same. Its gradient is not finite,
+    ("f.py", "def f(logp, null): return logp[:, 0] / 0 * 0", "--aggregator={}:f", "in a row"),
+    # the model is not there,
+    ("other.txt", "", "--model=nowhere", "nowhere"),
+    # one of them would have no held-out question.
+    ("one.jsonl", '{"question": "a", "answer": "b"}', "--eval-data={}", "--eval-questions 5: 1"),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "flag", "says"), ENDS, ids=str)
+def test_several_processes_end_with_one_line_between_them(file, text, flag, says, tmp_path):
     (tmp_path / file).write_text(text)
-    own = [] if file == "args.json" else [f"--aggregator={tmp_path / file}:f"]
-    process = start(tmp_path, *own, torchrun=processes(2))
+    process = start(tmp_path, flag.format(tmp_path / file), torchrun=processes(2))
     output = output_of(process)
     lines = [line for line in output.splitlines() if line.startswith("error")]
     assert process.returncode != 0 and len(lines) == 1 and says in lines[0], output

@@ -245,7 +245,8 @@ def test_the_ratio_is_to_the_samplers_record_truncated_and_0_for_a_token_that_ha
     scores = score(model, PROMPT, traces, ANSWER, MARKER)
     log = log_ratio(scores, traces)
     assert log[2, 1:].tolist() == [0.0] * 5  # beyond a trace
-    rho = reward.truncated_ratio(log, torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64))
+    advantage = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    rho = reward.truncated_ratio(scores, traces, advantage)
     expected = [[1.0, 1.2, 0.9, 0.0, 0.8, 1.27], [1.0, 1.2, 0.9, 1.28, 0.0, 1.27]]
     assert torch.allclose(rho[:2], torch.tensor(expected, dtype=torch.float64), atol=1e-9)
     assert not rho.requires_grad

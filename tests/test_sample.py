@@ -136,7 +136,7 @@ def test_bf16_logits_are_never_rounded_to_bf16():
         torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (5, 300)
     )
     exact = hidden.double() @ weight.double().T
-    logits = sample_module.make_logits(weight)(hidden)
+    logits = sample_module.logits(hidden, weight)
     assert logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 1e-5 < (exact.bfloat16() - exact).abs().max()
 
@@ -277,7 +277,6 @@ def test_every_decode_step_in_flash_attention_issues_the_same_operations_and_ask
     model = tiny.model(3, head_dim=8)
     batch = DecodeBatch(model.config, 6, capacity=20, max_new=12, like=model.lm_head.weight)
     batch.admit(trace_starts(model, PROMPTS[:3], 2, seeds=[1, 2, 3], max_new_tokens=12))
-    to_logits = sample_module.make_logits(model.lm_head.weight)
     ends_trace = torch.zeros(11, dtype=torch.bool)
 
     def addresses() -> list[int]:
@@ -286,7 +285,7 @@ def test_every_decode_step_in_flash_attention_issues_the_same_operations_and_ask
     before, steps = addresses(), []
     for _ in range(3):
         with Operations() as operations:
-            batch.feed(model, batch.draw(to_logits, 1.0, ends_trace))
+            batch.feed(model, batch.draw(model.lm_head.weight, 1.0, ends_trace))
         steps.append(operations.seen)
     assert steps[0] == steps[1] == steps[2] and addresses() == before
     host = {"_local_scalar_dense", "nonzero", "equal", "lift_fresh"}  # the last: torch.tensor(...)
