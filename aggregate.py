@@ -251,7 +251,10 @@ def advantages(
         return torch.zeros_like(reward)
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
-    sizes = values.abs().clamp(min=1) if weight is None else weight.double().abs().sum(dim=1)  # [K]
+    if weight is None:
+        sizes = values.abs().clamp(min=1)  # [K]
+    else:
+        sizes = weight.double().abs().sum(dim=1)
     mean, std = values.mean(), values.std()
     if std <= ROUNDING * sizes.max():
         return torch.zeros_like(reward)
