@@ -33,8 +33,9 @@ end, and undecided where more do: take more --steps. No ground truth is used. Th
 embedded task's at train.py's --lr, and proportional to it: give that of your run.
 examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
 by bit and get better at helping; an answer that is trained after idle traces gains less and less
-from helpful ones (a long --answers-first does harm); warm-up. --answer-weight exact counts as
-fixed, --null policy as frozen.
+from helpful ones (a long --answers-first does harm); while thinking is lost q grows less (where few
+traces help, trust no return); warm-up. --answer-weight exact counts as fixed, --null policy as
+frozen.
 """
 
 import math
