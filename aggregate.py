@@ -208,7 +208,8 @@ def aggregate(
     logp = logp.detach().requires_grad_()
     null_logp = null_logp.detach()
     with torch.enable_grad():
-        reward = f(logp, null_logp, *seen[: len(signature(f).parameters) - 2]).to(logp)
+        reward = f(logp, null_logp, *seen[: len(signature(f).parameters) - 2])
+        reward = reward.to(logp)  # it may be of whole numbers or truth values
         if reward.shape != logp.shape[:1]:  # broadcasting would go on with it, and be wrong
             shape = list(reward.shape)
             raise ValueError(f"{name} returned shape {shape}, it should be [{len(logp)}]")
@@ -252,11 +253,11 @@ def advantages(
     if center == "none" and scale == "none":
         return values.to(reward.dtype)
     if weight is None:
-        sizes = values.abs().clamp(min=1)  # [K]
+        floor = ROUNDING * values.abs().max().clamp(min=1.0)
     else:
-        sizes = weight.double().abs().sum(dim=1)
+        floor = ROUNDING * weight.double().abs().sum(dim=1).max()
     mean, std = values.mean(), values.std()
-    if std <= ROUNDING * sizes.max():
+    if std <= floor:
         return torch.zeros_like(reward)
     if center == "mean":
         values = values - mean

@@ -147,7 +147,9 @@ def alternating_turns(messages: list[dict], where: str) -> list[str]:
     roles = [message["role"] for message in messages]
     turns = [message["content"] for message in messages]
     first = int(roles[:1] == ["system"])  # where the first question stands
-    end = max([0, *(i for i, role in enumerate(roles, start=1) if role == "assistant")])
+    end = len(roles)  # behind the last answer
+    while end > first and roles[end - 1] != "assistant":
+        end -= 1
     pairs = (end - first) // 2
     right = pairs > 0 and roles[first:end] == ["user", "assistant"] * pairs
     require(right, f'{where}: "messages" should alternate user and assistant, roles are {roles}')

@@ -202,7 +202,7 @@ def main() -> None:
             histories[name] = race(groups, own, given.race_seed)
             text = fate(histories[name])
         except InputError as error:
-            text = error
+            text = str(error)
         print(f"{name:26} {text}", flush=True)
     if given.draw:
         with refusing(given.draw):

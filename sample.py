@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data import Example, Trace, stream_seed
-from kernels.logprob import logits
+from kernels.logprob import head_logits
 from model import Config, Transformer, flash_takes, prefill
 from support.args import Args, model_flags, open_model
 from support.distributed import Progress
@@ -74,7 +74,7 @@ def sample_traces(
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
     usable = len(prompts) > 0 and all(prompts) and min(k, max_new_tokens) >= 1
-    text = "prompts of at least one token, k, max_new_tokens >= 1, temperature, rows >= 0"
+    text = "prompts of at least one token, k and max_new_tokens >= 1, temperature and rows >= 0"
     require(usable and min(temperature, rows) >= 0, f"sample_traces needs {text}")
     if isinstance(seed, int):
         seed = [stream_seed(seed, i) for i in range(len(prompts))]
@@ -233,7 +233,7 @@ class DecodeBatch:
         """Every row draws a token and records it -> token [rows]. ends_trace: [V] bool."""
         max_new = self.ids.shape[1] - 1
         uniform = self.uniforms[self.row, self.drawn]
-        token, logp = draw(logits(self.hidden, head), temperature, uniform)
+        token, logp = draw(head_logits(self.hidden, head), temperature, uniform)
         self.ids[self.row, self.drawn] = token
         self.logp[self.row, self.drawn] = logp.to(self.logp.dtype)
         self.drawn += self.live
@@ -363,11 +363,14 @@ def sample_groups(
 
 
 def sample_to_marker(
-    model: Transformer, tokenizer: Tokenizer, prompts: Prompts, *given: object, **flags: object
+    model: Transformer, tokenizer: Tokenizer, prompts: Prompts, k: int, max_trace: int, **how
 ) -> list[list[Trace]]:
-    """As sample_traces, where the marker ends a trace and other special tokens cut it."""
+    """k traces per prompt: the marker ends a trace, other special tokens cut it.
+
+    how: temperature, seed and rows, as in sample_traces.
+    """
     ends = {"stop_ids": [tokenizer.marker_id], "cut_ids": tokenizer.cut_ids}
-    return sample_traces(model, prompts, *given, **ends, **flags)
+    return sample_traces(model, prompts, k, max_trace, **ends, **how)
 
 
 def trace_ids(trace: Trace, marker: int) -> list[int]:

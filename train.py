@@ -252,8 +252,8 @@ def train(args: Args) -> None:
     held_out = []
     if args.eval_data:
         held_out = first_examples(held_out_pairs, args.eval_questions, row_fits)
-        few = f"--eval-questions {args.eval_questions}: {len(held_out)} fit, fewer than ranks"
-        require(len(held_out) >= distributed.world_size(), few)
+        text = f"--eval-questions {args.eval_questions}: {len(held_out)} fit, fewer than processes"
+        require(len(held_out) >= distributed.world_size(), text)
 
     # The input is read and usable: files are written only from here on.
     log = run.open()

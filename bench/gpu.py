@@ -37,10 +37,14 @@ TOTAL = 540  # seconds
 # Name, limit in seconds, lines in the table, arguments of python: one command, or several in turn.
 Section = tuple[str, int, int, list[str]]
 TRAIN = "train.py --device {device} {few}"
-RESUMED = [TRAIN + " --dtype bfloat16 --steps 3 --out {work}/r"]
-RESUMED += ["train.py --resume --out {work}/r --steps 4"]
-MODELS = ["bench/make_model.py --shape {1b} --out {work}/1b"]
-MODELS += ["bench/make_model.py --shape {135m} --out {work}/135m"]
+RESUMED = [
+    TRAIN + " --dtype bfloat16 --steps 3 --out {work}/r",
+    "train.py --resume --out {work}/r --steps 4",
+]
+MODELS = [
+    "bench/make_model.py --shape {1b} --out {work}/1b",
+    "bench/make_model.py --shape {135m} --out {work}/135m",
+]
 CHECKS: list[Section] = [
     ("tests", 150, 4, ["{pytest} tests/test_device.py tests/test_sample.py tests/test_logprob.py"]),
     ("train, resume", 100, 4, RESUMED),

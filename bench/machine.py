@@ -49,6 +49,7 @@ def random_ids(number: int, vocab: int, generator: torch.Generator) -> list[int]
     return torch.randint(1, vocab, (number,), generator=generator).tolist()
 
 
+# ---- timing
 def seconds(run: Callable, *arguments: object) -> float:
     began = now()
     run(*arguments)

@@ -33,8 +33,12 @@ TIED = ("smollm2-135m", "llama-3.2-1b")
 
 
 def config_of(shape: str) -> Config:
-    rest = {"max_position_embeddings": 8192, "eos_token_id": EOS}
-    return Config(*SHAPES[shape], tie_word_embeddings=shape in TIED, **rest)
+    return Config(
+        *SHAPES[shape],
+        tie_word_embeddings=shape in TIED,
+        max_position_embeddings=8192,
+        eos_token_id=EOS,
+    )
 
 
 def random_model(

@@ -16,7 +16,7 @@ Every cell is a run of its own, `python train.py ...` in a child process:
     python examples/lab.py --grid published  methods with all choices of their authors; and
     python examples/lab.py --grid published-long  over 300 steps
     python examples/lab.py --grid fresh      settings whose outcomes preflight.py predicted before
-    python examples/lab.py --grid fresh-long  those it does not see thinking within 60, for 300
+    python examples/lab.py --grid fresh-long  those it does not see thinking in 60, for 300 steps
     python examples/lab.py --grid untried    flags that it says help, beside runs without them
     python examples/lab.py --grid map --report --out examples/hops
                                              table and figure of the CSV file there, no new runs

@@ -203,7 +203,7 @@ class Plain:
             w = weight[start : start + columns]  # [c, H]
             z = z_buffer[: n * len(w)].view(n, len(w))  # [n, c]
             e = e_buffer[: n * len(w)].view(n, len(w))  # [n, c]
-            logits(x, w, out=z)
+            head_logits(x, w, out=z)
             column, inside = _column_in_chunk(y - start, w)
             at_column = z.gather(1, column).squeeze(1)
             target_logit = torch.where(inside, at_column, target_logit)
@@ -225,7 +225,7 @@ class Plain:
         y [n]: the target's column in this chunk; outside [0, c) if it is in another chunk.
         row_max, log_sum [n]: from `combine`. g [n]: upstream gradient of logp.
         """
-        z = logits(x, w).sub_(row_max[:, None])
+        z = head_logits(x, w).sub_(row_max[:, None])
         if temperature != 1:
             z.div_(temperature)
         factor = -(-log_sum).exp() / temperature * g  # [n]: p_nj = exp(z_nj - max z - log_sum)
@@ -255,8 +255,8 @@ def _tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2
 
 
-def logits(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [n, H], w [c, H] -> x w^T [n, c] in fp32 or fp64."""
+def head_logits(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [n, H], w [c, H] -> x w^T [n, c] in fp32 or fp64. On a CPU w may be wider than x."""
     if _tensor_cores(x):
         return torch.mm(x, w.T, out_dtype=torch.float32, out=out)
     return torch.mm(x.to(_wide(x)), w.to(_wide(x)).T, out=out)

@@ -69,8 +69,9 @@ class Args:
         8, "K, traces per question, the paper's; 0 = plain SFT, the answer after the empty trace"
     )
     aggregator: str = arg(
-        "weighted_sum_log_prob",  # the paper's best
-        f"f, the reward of a trace: {', '.join(AGGREGATORS)}, or FILE.py:FUNCTION",
+        "weighted_sum_log_prob",
+        f"f, the reward of a trace: {', '.join(AGGREGATORS)}, or FILE.py:FUNCTION; "
+        "the default is the paper's best",
     )
     answer_weight: str = arg(
         "fixed",
@@ -94,11 +95,11 @@ class Args:
         "advantage 0; its answer is trained (RLPR: 0.5)",
     )
     answers_first: int = arg(0, "first steps, in which the answer is trained but no trace")
-    marker_weight: float = arg(0.3, "lambda, of the cross-entropy on a forced marker, the paper's")
-    max_trace: int = arg(48, "tokens of a trace before the marker is forced (paper: 2048)", least=1)
-    temperature: float = arg(
-        1.0, "of sampled traces, and where they are scored; answers: 1", least=1e-6
+    marker_weight: float = arg(
+        0.3, "lambda, weight of a forced marker's cross-entropy; the paper's"
     )
+    max_trace: int = arg(48, "tokens of a trace before the marker is forced (paper: 2048)", least=1)
+    temperature: float = arg(1.0, "traces are sampled and scored at it; answers at 1", least=1e-6)
     updates: int = arg(
         1,
         "optimizer updates per step, each on its share of the questions (paper: 4); "

@@ -40,7 +40,8 @@ class TrainingError(RuntimeError):
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM ended the run. One line that says how to go on."""
 
-    number = signal.SIGINT
+    number = signal.SIGINT  # the signal
+    said = False  # as in InputError
 
 
 def require(condition: bool, message: str) -> None:
@@ -80,7 +81,9 @@ def exit_on_bad_input(main: Callable[[], None]) -> Callable[[], None]:
         except Interrupted as stop:
             sys.exit(print_line(stop, 128 + stop.number, "stopped: "))
         except KeyboardInterrupt:
-            sys.exit(print_line("by Ctrl-C", 128 + signal.SIGINT, "stopped: "))
+            stopped = Interrupted("by Ctrl-C")
+            stopped.said = OTHER_RANK
+            sys.exit(print_line(stopped, 128 + stopped.number, "stopped: "))
 
     return wrapped
 

@@ -83,6 +83,7 @@ class Run:
         self.reward_std = 0.0  # moving average over the steps (--filter-std)
         self.bad_updates = 0  # in a row
         self.signal = 0  # Ctrl-C or SIGTERM, as its number
+        # `restore` brings what is saved: model, optimizer, tokenizer, pairs.
 
     # ---- before anything is written
     def check(self) -> Path | None:

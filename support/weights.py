@@ -149,11 +149,12 @@ def load_model(
             for name in tensors.keys():
                 if name.endswith("rotary_emb.inv_freq"):  # of old Llama exports
                     continue
-                tensor, right = f"{file}: tensor {name}", shapes.get(name)
-                require(right, f"{tensor} is not a parameter of the model in config.json")
+                tensor, known = f"{file}: tensor {name}", name in shapes
+                require(known, f"{tensor} is not a parameter of the model in config.json")
                 require(name not in found, f"{tensor} is in another file, too")
                 stored = tensors.get_slice(name)
                 shape, kind = stored.get_shape(), stored.get_dtype()
+                right = shapes[name]
                 require(shape == right, f"{tensor} has shape {shape}, config.json says {right}")
                 require(kind in TYPES, f"{tensor} is {kind}, it should be of {', '.join(TYPES)}")
                 found[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)

@@ -170,6 +170,10 @@ def test_a_reward_made_of_the_scores_alone_has_no_answer_weight(monkeypatch):
     assert not reward.requires_grad and trace_logp.grad is None
 
 
+def test_rewards_that_differ_by_more_than_the_floor_without_weights_have_advantages():
+    assert advantages(1 + 3e-6 * torch.arange(4.0, dtype=torch.float64)).all()
+
+
 @pytest.mark.parametrize("hits", [[1, 0, 0, 1], [True, False, False, True]], ids=str)
 def test_a_reward_of_whole_numbers_or_truth_values_has_the_advantages_of_its_number(
     hits, monkeypatch

@@ -1,4 +1,4 @@
-"""The benchmarks run, print their figures and refuse bad input; their recipes do equal work."""
+"""The benchmarks run and print their figures; their recipes do equal work."""
 
 import json
 import subprocess

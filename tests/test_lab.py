@@ -1,8 +1,10 @@
 """examples/lab.py: the grids are what the flags allow, runs are resumed, and what it measures is
 right on cases that can be worked out by hand. examples/sums: its answers are right."""
 
+import json
 import math
 import random
+import re
 import sys
 
 import pytest
@@ -162,6 +164,32 @@ def test_a_committed_table_and_its_figure_are_made_of_the_committed_runs(name, t
     lab.write_report(tmp_path / name)
     for file in tmp_path.iterdir():  # without matplotlib map.svg is not made
         assert file.read_text() == (HOPS / file.name).read_text()
+
+
+def test_predictions_are_compared_with_the_runs_there_are(tmp_path, monkeypatch, capsys):
+    """Half of the seeds are not most; a reward that has not been run does not count."""
+    race = {"prob": 20, "r3": 9, "log_prob": None, "geometric_mean": 5}
+    line = {"make": "examples/hops/make.py --easy=8", "train": "--traces=4", "race": race}
+    (tmp_path / "settings.json").write_text(json.dumps({"fresh": [line]}))
+    monkeypatch.setattr(lab, "RACE", tmp_path / "settings.json")
+    measured = {"prob": [18, 24, None], "r3": [12, None], "log_prob": [None, None]}
+    rows = [
+        vars(make.Task(easy=8))
+        | {"method": f"{reward} --traces=4", "seed": seed, "steps": 60}
+        | {"survives": step is not None, "thinks_from": step}
+        for reward, steps in measured.items()
+        for seed, step in enumerate(steps)
+    ]
+    lab.write_csv(tmp_path / "fresh.csv", rows)
+    lab.write_report(tmp_path / "fresh")
+    text = (tmp_path / "fresh.md").read_text()
+    assert text.startswith("7 runs in 3 of ") and " cells, 1 settings; " in text
+    assert "latest: 0.50" in text  # ranks 2 1 3 and 1 2 3
+    assert "| the race | 2 of 3 | 67% to 67% | 5 of 7 | 71% to 71% | 1 of 2 |" in text
+    assert "| always lost | 2 of 3 | 67% to 67% | 4 of 7 | 57% to 57% | 0 of 0 |" in text
+    assert "| 8 easy, sloppy 0.3 | r3 --traces=4 | 9 | 12 - | 1/2 | no |" in text
+    dots = re.findall(r'<circle cx="(\S+)" cy="(\S+)"', (tmp_path / "fresh.svg").read_text())
+    assert dots == [("20", "24"), ("9", "36.5"), ("61", "61")]
 
 
 def test_the_interval_is_of_settings_and_equal_values_share_a_rank():

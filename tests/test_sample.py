@@ -136,7 +136,7 @@ def test_bf16_logits_are_never_rounded_to_bf16():
         torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (5, 300)
     )
     exact = hidden.double() @ weight.double().T
-    logits = sample_module.logits(hidden, weight)
+    logits = sample_module.head_logits(hidden, weight)
     assert logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 1e-5 < (exact.bfloat16() - exact).abs().max()
 

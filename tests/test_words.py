@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import tiny
 import torch
 
+from examples.words import check
 from examples.words.check import check_trace
 from examples.words.make import MARKER, PROMPT_FORMAT, make_rows
 from examples.words.model import hub_order
+from support.weights import save_model
 
 
 def test_a_worked_trace_computes_the_answer():
@@ -32,6 +35,21 @@ def test_a_worked_trace_computes_the_answer():
 )
 def test_checker(trace, steps_right, worked):
     assert check_trace(trace, "Ben has 15 eggs left.") == (steps_right, worked)
+
+
+def test_the_check_has_the_same_figures_of_empty_greedy_and_sampled_traces(
+    tmp_path, monkeypatch, capsys
+):
+    tiny.tokenizer_dir(tmp_path)
+    save_model(tiny.model(dtype=torch.float32), tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "a b", "answer": "c"}\n' * 2)
+    flags = f"--model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 3 --device cpu"
+    monkeypatch.setattr("sys.argv", ["check.py", *flags.split()])
+    check.main()
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["empty", "greedy", "sampled"]
+    assert found["empty"]["trace_len"] == 0 < found["greedy"]["trace_len"] <= 3
+    assert found["empty"].keys() == found["greedy"].keys() == found["sampled"].keys()
 
 
 def test_the_prompt_ends_where_a_trace_begins_and_shows_three():

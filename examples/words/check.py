@@ -96,9 +96,9 @@ def main() -> None:
     model, tokenizer = open_model(args, untrained=True)
     examples = open_examples(args, model, tokenizer)
     prompts = [example.prompt for example in examples]
-    greedy = sample_to_marker(model, tokenizer, prompts, 1, args.max_trace, 0.0)
-    limits = (SAMPLES, args.max_trace, args.temperature, args.seed)
-    sampled = sample_to_marker(model, tokenizer, prompts, *limits)
+    greedy = sample_to_marker(model, tokenizer, prompts, 1, args.max_trace, temperature=0.0)
+    how = {"temperature": args.temperature, "seed": args.seed}
+    sampled = sample_to_marker(model, tokenizer, prompts, SAMPLES, args.max_trace, **how)
     empty = [[Trace([], [], finished=False)]] * len(examples)
     found = {}
     for kind, groups in (("empty", empty), ("greedy", greedy), ("sampled", sampled)):
