@@ -19,18 +19,19 @@ The policy is two decisions, to think and then to help, and the state three numb
     s                 share of the cost repaired: tokens that are not uncertain count
                       (1 - s) log c + s log n
 
-A step draws --questions groups of K traces, in shares 1 - p, p q, p (1 - q). The pay of a kind is
-the sum of its advantages (aggregate.credit) over the number of traces; think = helpful and idle,
-all = the three. Then, along the policy's gradient in a and b,
+A step draws --questions groups of K of a question's own traces, weighted by how far the shares
+1 - p, p q, p (1 - q) have moved. The pay of a kind is the sum of its advantages (aggregate.credit)
+over the number of traces; think = helpful and idle, all = the three. Then, along the policy's
+gradient in a and b,
 
     a, b += Adam step of learning rate PUSH along pay_think - p pay_all, pay_helpful - q pay_think
     s    += REPAIR p (1 - s)
 
 As in training, Adam's step is no smaller where the gradient is. s stands for what the answer term
 does: 0 with --answer-weight none. A reward keeps thinking where p q exceeds THINKS within --steps;
-it returns where fewer than VANISHED of the traces thought before. It is lost where fewer do at the
-end, and undecided where more do: take more --steps. No ground truth is used. The rates are the
-embedded task's at train.py's --lr, and proportional to it: give that of your run.
+it returns where once fewer than VANISHED of the traces thought. It is lost where fewer do at the
+end, and undecided where more do: take more --steps. Nothing tells it which tokens are easy. The
+rates are the embedded task's at train.py's --lr, and proportional to it: give that of your run.
 examples/hops/race_settings.json has the settings they were placed on. Left out: traces shorten bit
 by bit and get better at helping; an answer that is trained after idle traces gains less and less
 from helpful ones (a long --answers-first does harm); while thinking is lost q grows less (where few
