@@ -153,7 +153,9 @@ def alternating_turns(messages: list[dict], where: str) -> list[str]:
     pairs = (end - first) // 2
     right = pairs > 0 and roles[first:end] == ["user", "assistant"] * pairs
     require(right, f'{where}: "messages" should alternate user and assistant, roles are {roles}')
-    return ["\n\n".join(turns[: first + 1]), *turns[first + 1 : end]]
+    system, turns = turns[:first], turns[first:end]
+    turns[0] = "\n\n".join([*system, turns[0]])
+    return turns
 
 
 def fits(

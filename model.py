@@ -131,8 +131,10 @@ class Transformer(nn.Module):
         """
         start = 0 if past is None else past.length
         offsets = torch.arange(tokens.shape[1], device=tokens.device)  # [L]
-        first = start[:, None] if isinstance(start, Tensor) else start
-        positions = first + offsets  # [L], or [B, L] where rows differ
+        if isinstance(start, Tensor):
+            positions = start[:, None] + offsets  # [B, L]
+        else:
+            positions = start + offsets  # [L], the same in every row
 
         @cache  # All layers share the mask. The first one learns S from `past`, and has it made.
         def mask(keys: int) -> Mask:

@@ -192,8 +192,8 @@ def main() -> None:
     require(there, f"--draw {given.draw}: there is no folder {given.draw and given.draw.parent}")
     model, tokenizer = open_model(given, untrained=True)
     examples = open_examples(given, model, tokenizer)
-    limits = dict(traces=given.sampled, max_trace=given.max_trace, seed=given.seed)
-    groups = sample_and_score(model, tokenizer, examples, replace(args, **limits))
+    how = {"traces": given.sampled, "max_trace": given.max_trace, "seed": given.seed}
+    groups = sample_and_score(model, tokenizer, examples, replace(args, **how))
     print(f"{len(groups)} questions{Pairs(given.data, tokenizer).note()}, {describe(groups)}")
     histories = {}
     for name in NAMES:

@@ -177,9 +177,12 @@ def prompt_leaves(prompt: Prefill) -> Prefill:
 
 def prompt_backward(prompt: Prefill, leaves: Prefill) -> None:
     """One backward through the prompt, from the gradients its leaves have collected."""
-    pairs = zip(prompt_tensors(prompt), prompt_tensors(leaves), strict=True)
-    collected = {tensor: leaf.grad for tensor, leaf in pairs if leaf.grad is not None}
-    torch.autograd.backward(list(collected), list(collected.values()))
+    tensors, gradients = [], []
+    for tensor, leaf in zip(prompt_tensors(prompt), prompt_tensors(leaves), strict=True):
+        if leaf.grad is not None:
+            tensors.append(tensor)
+            gradients.append(leaf.grad)
+    torch.autograd.backward(tensors, gradients)
 
 
 def prompt_tensors(prompt: Prefill) -> list[Tensor]:

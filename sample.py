@@ -73,15 +73,18 @@ def sample_traces(
         prompts were as long as the longest. It changes speed and memory, not the traces.
     InputError (a ValueError): no prompts, an empty prompt, a number out of range.
     """
-    usable = len(prompts) > 0 and all(prompts) and min(k, max_new_tokens) >= 1
+    in_range = k >= 1 and max_new_tokens >= 1 and temperature >= 0 and rows >= 0
+    usable = len(prompts) > 0 and all(prompts)
     text = "prompts of at least one token, k and max_new_tokens >= 1, temperature and rows >= 0"
-    require(usable and min(temperature, rows) >= 0, f"sample_traces needs {text}")
+    require(usable and in_range, f"sample_traces needs {text}")
     if isinstance(seed, int):
         seed = [stream_seed(seed, i) for i in range(len(prompts))]
     stop, cut = frozenset(stop_ids), frozenset(cut_ids)
     weight = model.lm_head.weight  # [V, H]
-    ends = [token in stop or token in cut for token in range(len(weight))]
-    ends_trace = torch.tensor(ends, device=weight.device)  # [V]
+    ends_trace = torch.zeros(len(weight), dtype=torch.bool)  # [V]
+    # A tokenizer may know special tokens that the model does not: those are never sampled.
+    ends_trace[[token for token in stop | cut if token < len(weight)]] = True
+    ends_trace = ends_trace.to(weight.device)
 
     total = len(prompts) * k
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens  # positions of a row
@@ -90,7 +93,9 @@ def sample_traces(
     starts = trace_starts(model, prompts, k, seed, max_new_tokens)
     # Logits are fp32, as in scoring: rounding to bf16 would move the recorded log-probs, and the
     # importance ratio. A CPU has no such product of bf16: converted once, not for every token.
-    head = weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
+    head = weight
+    if not weight.is_cuda:
+        head = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     shown = Progress("sampling", total, "traces")
     traces: dict[int, Trace] = {}  # by number: those of the first prompt are 0 .. k - 1
@@ -142,7 +147,11 @@ class Start:
 
 
 def trace_starts(
-    model: Transformer, prompts: Prompts, k: int, seeds: Sequence[int], max_new_tokens: int
+    model: Transformer,
+    prompts: Prompts,
+    k: int,
+    seeds: Sequence[int],
+    max_new_tokens: int,
 ) -> Iterator[Start]:
     """The starts of k traces per prompt, in order.
 
@@ -393,7 +402,8 @@ def think_and_answer(
     left = positions - len(prompt) - 1 - answer_len  # 1 for the marker
     require(left > 0, f"--question: its prompt of {len(prompt)} tokens fills the model's positions")
     how = {"temperature": args.temperature, "seed": args.seed}
-    [[trace]] = sample_to_marker(model, tokenizer, [prompt], 1, min(args.max_trace, left), **how)
+    limit = min(args.max_trace, left)
+    [[trace]] = sample_to_marker(model, tokenizer, [prompt], 1, limit, **how)
     context = [*prompt, *trace_ids(trace, tokenizer.marker_id)]
     limit = min(args.max_answer, positions - len(context))
     [[answer]] = sample_traces(model, [context], 1, limit, stop_ids=tokenizer.eos_ids, **how)

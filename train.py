@@ -246,8 +246,13 @@ def train(args: Args) -> None:
         return distributed.stop()
     if args.device == "cpu" and parameters < SMALL_MODEL:
         torch.set_num_threads(1)
-    limits = dict(max_trace=args.max_trace, max_prompt=args.max_prompt, max_answer=args.max_answer)
-    row_fits = partial(fits, positions=model.config.max_position_embeddings, **limits)
+    row_fits = partial(
+        fits,
+        positions=model.config.max_position_embeddings,
+        max_trace=args.max_trace,
+        max_prompt=args.max_prompt,
+        max_answer=args.max_answer,
+    )
     next_examples(pairs, run.position, 1, args.seed, row_fits)  # refuses data without a fitting row
     held_out = []
     if args.eval_data:

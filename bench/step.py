@@ -304,7 +304,8 @@ def main() -> None:
             figures[name] = {"note": " ".join(str(error).split())[:100]}
 
     rows = [{"": name} | row for name, row in figures.items()]
-    ours, ratios = figures.pop("ours"), {}
+    ours = figures.pop("ours")
+    ratios = {}
     for name, row in figures.items():
         if "note" not in ours | row:
             ratios[name] = {key: row[key] / ours[key] for key in RATIOS}

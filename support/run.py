@@ -258,7 +258,8 @@ class Run:
                 flags += ["--aggregator", self.args.aggregator]
             pasted = command("train.py", *flags, launcher=launcher())
             stopped = Interrupted(f"step {self.step} is saved; {pasted} continues after it")
-            stopped.number, stopped.said = stop, rank() != 0
+            stopped.number = stop
+            stopped.said = rank() != 0
             raise stopped
 
     def save_checkpoint(self) -> None:

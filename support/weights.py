@@ -149,7 +149,8 @@ def load_model(
             for name in tensors.keys():
                 if name.endswith("rotary_emb.inv_freq"):  # of old Llama exports
                     continue
-                tensor, known = f"{file}: tensor {name}", name in shapes
+                tensor = f"{file}: tensor {name}"
+                known = name in shapes
                 require(known, f"{tensor} is not a parameter of the model in config.json")
                 require(name not in found, f"{tensor} is in another file, too")
                 stored = tensors.get_slice(name)
