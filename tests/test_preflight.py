@@ -12,6 +12,7 @@ import preflight
 from aggregate import credit
 from data import Example
 from preflight import EMPTY, HELPFUL, IDLE, NAMES, PUSH, REPAIR, Group, fate, main, race
+from sample import sample_groups
 from support.args import Args
 from support.errors import InputError
 from support.weights import save_model
@@ -52,10 +53,14 @@ def test_the_groups_are_sampled_traces_and_the_empty_one(tmp_path):
     model, tokenizer = tiny.model(3), letters(tmp_path)
     examples = [Example(i, [1 + i, 2], [3, 4, 5], "", "") for i in range(3)]
     args = Args(traces=4, max_trace=6, seed=7)
-    for made in preflight.sample_and_score(model, tokenizer, examples, args):
-        assert made.answer_logp.shape == (5, 3)
-        assert torch.equal(made.answer_logp[-1], made.null_logp)
-        assert made.lengths[-1] == 0 and max(made.lengths) <= 6
+    groups = sample_groups(model, tokenizer, examples, 0, args)
+    assert {trace.finished for traces in groups for trace in traces} == {True, False}
+    made = preflight.sample_and_score(model, tokenizer, examples, args)
+    for group, traces in zip(made, groups, strict=True):
+        assert group.answer_logp.shape == (5, 3)
+        assert torch.equal(group.answer_logp[-1], group.null_logp)
+        thoughts = [[t for t in trace.ids if t != tokenizer.marker_id] for trace in traces]
+        assert group.lengths == [*map(len, thoughts), 0]
 
 
 # ---- the equations
@@ -162,10 +167,18 @@ def test_a_model_with_random_weights_gets_a_line_for_every_reward(
     save_model(tiny.model(9, torch.float32), tmp_path)
     letters(tmp_path / "words").save(tmp_path)
     (tmp_path / "rows.jsonl").write_text(f'{{"question": "b z", "answer": "{answer}"}}\n')
-    flags += f" --model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 6 --device cpu"
+    flags += f" --model {tmp_path} --data {tmp_path}/rows.jsonl --max-trace 6 --seed 3 --device cpu"
     flags += f" --questions 2 --sampled 8 --steps 3 --draw {tmp_path}/race.svg"
     monkeypatch.setattr("sys.argv", ["preflight.py", *flags.split()])
+    real, seen = preflight.sample_and_score, []
+
+    def recorded(model, tokenizer, examples, args):
+        seen.append((args.traces, args.max_trace, args.seed))
+        return real(model, tokenizer, examples, args)
+
+    monkeypatch.setattr(preflight, "sample_and_score", recorded)
     main()
+    assert seen == [(8, 6, 3)]
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("1 questions (") and ", 8 traces, " in first and "nats" in first
     assert "of their tokens are <unk>: the tokenizer lacks them" in first
